@@ -1,0 +1,85 @@
+"""Configuration of a training run: the method's sections, and where and on what it runs."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.loader import DataConfig
+from cluster.storage import StorageConfig
+from sepico.config import MethodConfig
+from sepico.normalization import BatchNormMode
+
+
+@dataclass
+class EngineConfig:
+    """Where and how the mathematics is executed.
+
+    Attributes:
+        zero_stage: DeepSpeed ZeRO stage: 0 replicates, 1 shards optimiser state, 2 gradients too,
+            3 parameters too.
+        precision: "bf16" is autocast over float32 parameters; "auto" takes it where the hardware
+            computes in it.
+        batch_norm: Statistics over all workers ("sync"), the running ones ("frozen"), or those of
+            each worker ("local", gives up independence of the number of workers).
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    batch_norm: BatchNormMode = "sync"
+
+
+@dataclass
+class ValidationConfig:
+    """Validation inside the training loop.
+
+    Attributes:
+        data: URL of a labelled data set; empty for none.
+        every: Steps between validations; the last step is always validated.
+    """
+
+    data: str = ""
+    every: int = 1000
+
+
+@dataclass
+class TrainConfig(MethodConfig):
+    """A training run.
+
+    Attributes:
+        method: "distcl" adapts to the target domain; "source_only" is the baseline without it.
+        run: Name (a folder below `runs`) or URL of the run. An existing run is continued. Empty
+            makes a name from method and time.
+        runs: URL of the folder that holds runs given by name.
+        workers: Ray Train workers; one GPU each where the cluster has GPUs.
+        cpus_per_worker: CPU cores and compute threads of a worker; 0 shares the cluster's out.
+        placement_timeout: Seconds to wait for a cluster that grows to hold the workers.
+        max_failures: Restarts from the last checkpoint after a lost worker.
+        seed: Seed of data, augmentation and initial weights.
+        log_every: Steps between lines of metrics.
+        checkpoint_every: Steps between checkpoints.
+        panel_every: Steps between pictures of a step.
+    """
+
+    run: str = ""
+    runs: str = "runs"
+    workers: int = 1
+    cpus_per_worker: int = 0
+    placement_timeout: int = 0
+    max_failures: int = 3
+    seed: int = 76
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    panel_every: int = 500
+    data: DataConfig = field(default_factory=DataConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "log_every", "checkpoint_every", "panel_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.optimization.global_batch % self.workers:
+            raise ValueError(
+                f"optimization.global_batch {self.optimization.global_batch} is not divisible by "
+                f"workers {self.workers}: choose a multiple"
+            )

@@ -1,0 +1,123 @@
+"""Distributed evaluation: each worker predicts its share, the confusion matrix is all-reduced."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cluster.checkpoint_format import list_checkpoints, read_weights
+from cluster.engine import autocast_dtype, set_up_process
+from cluster.evaluation import EvaluationTask
+from cluster.loader import load_samples
+from cluster.shards import ShardReader, read_manifest
+from cluster.storage import StorageConfig, open_storage
+from sepico.metrics import ConfusionMatrix
+from sepico.network import Segmentor, build_segmentor
+from sepico.normalization import set_batch_norm
+
+
+@torch.no_grad()
+def evaluate_network(
+    network: Segmentor, data_url: str, storage: StorageConfig, device: torch.device
+) -> ConfusionMatrix:
+    """Confusion matrix of a network (in eval mode) on a labelled data set. A collective.
+
+    Every rank makes equally many forwards, the last ones without counting them, because sharded
+    parameters are gathered by all ranks together.
+    """
+    store = open_storage(data_url, storage)
+    manifest = read_manifest(store)
+    taxonomy = manifest.taxonomy
+    matrix = ConfusionMatrix(taxonomy.num_classes, taxonomy.ignore_index)
+    training = network.training
+    network.eval()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine = range(rank, len(manifest), world_size)
+    rounds = math.ceil(len(manifest) / world_size)
+    indices = [mine[turn] if turn < len(mine) else 0 for turn in range(rounds)]
+    for turn, sample in enumerate(load_samples(ShardReader(store, manifest), indices)):
+        image = sample.image[None].to(device).float() / 255
+        logits, _ = network(network.normalize(image), projections=False)
+        logits = nn.functional.interpolate(
+            logits, sample.label.shape, mode="bilinear", align_corners=False
+        )
+        if turn < len(mine):
+            matrix.update(logits[0].argmax(0), sample.label.to(device))
+    network.train(training)
+    matrix.all_reduce(device)
+    return matrix
+
+
+@torch.no_grad()
+def adapt_batch_norm(
+    network: Segmentor,
+    data_url: str,
+    storage: StorageConfig,
+    device: torch.device,
+    batch: int = 8,
+) -> None:
+    """AdaBN: replace running statistics by the average over an (unlabelled) data set, in place.
+
+    Batches of `batch` images over all workers, so that the result does not depend on their
+    number; images beyond the last whole batch are left out. A collective.
+
+    Li et al., Adaptive batch normalization for practical domain adaptation (2018).
+    """
+    store = open_storage(data_url, storage)
+    manifest = read_manifest(store)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    batch = min(batch - batch % world_size, len(manifest) - len(manifest) % world_size)
+    if not batch:
+        raise ValueError(f"{data_url} has fewer images than there are workers ({world_size})")
+    layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [layer.momentum for layer in layers]
+    network.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a cumulative average
+        layer.train()
+    used = len(manifest) - len(manifest) % batch
+    samples = load_samples(ShardReader(store, manifest), range(rank, used, world_size))
+    for _ in range(used // batch):
+        images = torch.stack([next(samples).image for _ in range(batch // world_size)])
+        network(network.normalize(images.to(device).float() / 255), projections=False)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    network.eval()
+
+
+def evaluate_worker(payload: dict[str, Any]) -> list[dict[str, list[list[int]]]]:
+    """Evaluate every task in `tasks` on a Ray Train group.
+
+    Returns, a task each, the confusion counts (C, C) of "student" and, if there is one, "teacher".
+    """
+    device = set_up_process(payload["cpus"])
+    return [_evaluate(task, payload["storage"], device) for task in payload["tasks"]]
+
+
+def _evaluate(
+    task: EvaluationTask, storage: StorageConfig, device: torch.device
+) -> dict[str, list[list[int]]]:
+    run = open_storage(task.run_url, storage)
+    checkpoint = list_checkpoints(run)[-1]
+    counts = {}
+    for name in ("student", "teacher"):
+        if f"{name}.safetensors" not in checkpoint.files:
+            continue
+        weights = read_weights(run, checkpoint, name)
+        model = replace(task.model, encoder_weights=None)
+        network = build_segmentor(model, with_projection=False)
+        # Evaluation needs logits only.
+        network.load_state_dict(
+            {key: value for key, value in weights.items() if not key.startswith("projection.")}
+        )
+        network = network.to(device).eval()
+        network.autocast_dtype = autocast_dtype(task.precision)
+        set_batch_norm(network, "sync")
+        if task.adapt_data:
+            adapt_batch_norm(network, task.adapt_data, storage, device)
+        counts[name] = evaluate_network(network, task.data, storage, device).counts.tolist()
+    return counts

@@ -1,0 +1,137 @@
+"""What a run shows: a progress bar at the driver; metrics, curves and pictures in the run folder.
+
+Rank 0 writes the run folder and tells a small actor how far it is; the driver, which owns the
+terminal, draws what the actor says.
+"""
+
+import json
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from cluster.storage import Storage
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """Metrics as JSON lines, TensorBoard events and pictures of one run, written by rank 0.
+
+    Object stores cannot append, so files grow in a local folder and are uploaded whole by `sync`.
+    """
+
+    def __init__(self, storage: Storage, start_step: int) -> None:
+        self._storage = storage
+        self._folder = tempfile.TemporaryDirectory(prefix="telemetry-")
+        self._lines: list[str] = []
+        if storage.exists(METRICS):
+            lines = bytes(storage.get(METRICS)).decode().splitlines()
+            # Steps after the checkpoint are taken again: their old lines go.
+            self._lines = [line for line in lines if json.loads(line)["step"] < start_step]
+        self._writer = SummaryWriter(self._folder.name, purge_step=start_step)
+        self._synced = time.monotonic()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record metrics after 0-based step `step`; uploads at most every ten seconds."""
+        self._lines.append(json.dumps({"step": step, **metrics}))
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        if time.monotonic() - self._synced > 10:
+            self.sync()
+
+    def picture(self, name: str, step: int, png: bytes) -> None:
+        """Write `panels/NAME-STEP.png`."""
+        self._storage.put(f"panels/{name}-{step:08d}.png", png)
+
+    def sync(self) -> None:
+        """Upload metrics and events as they are now."""
+        self._writer.flush()
+        self._storage.put(METRICS, ("\n".join(self._lines) + "\n").encode())
+        for events in Path(self._folder.name).iterdir():
+            self._storage.put(f"tensorboard/{events.name}", events.read_bytes())
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        self.sync()
+        self._writer.close()
+        self._folder.cleanup()
+
+
+@ray.remote(num_cpus=0)
+class ProgressActor:
+    """Holds the latest progress of a run."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Any] = {}
+
+    def update(self, done: int, total: int, shown: dict[str, str]) -> None:
+        self._latest = {"done": done, "total": total, "shown": shown}
+
+    def latest(self) -> dict[str, Any]:
+        return self._latest
+
+
+class ProgressDisplay:
+    """Draws an actor's progress from a thread: a bar on a terminal, plain lines otherwise."""
+
+    def __init__(self, actor: Any, title: str, unit: str) -> None:
+        self._actor, self._title, self._unit = actor, title, unit
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        bar, terminal = None, sys.stderr.isatty()
+        finished = False
+        while not finished:
+            finished = self._done.wait(0.5 if terminal else 5.0)
+            try:
+                latest = ray.get(self._actor.latest.remote(), timeout=5)
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+                continue
+            if not latest:
+                continue
+            if bar is None:
+                bar = self._open(latest["total"], latest["done"], terminal)
+            bar.set_postfix(latest["shown"], refresh=False)
+            if latest["done"] != bar.n:
+                bar.update(latest["done"] - bar.n)
+        if bar is not None:
+            bar.close()
+
+    def _open(self, total: int, done: int, terminal: bool) -> tqdm:
+        if terminal:
+            return tqdm(desc=self._title, unit=self._unit, total=total, initial=done)
+        return PlainProgress(desc=self._title, unit=self._unit, total=total, initial=done)
+
+
+class PlainProgress(tqdm):
+    """tqdm for logs: one complete line every ten seconds and at the end, no carriage returns."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("mininterval", 10)
+        super().__init__(file=sys.stderr, ascii=True, ncols=0, dynamic_ncols=False, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.n > self.initial or self.n == self.total:
+            print(self.__str__() if msg is None else msg, file=self.fp, flush=True)
+
+    def close(self) -> None:
+        if not self.disable:
+            self.disable = True
+            self._instances.discard(self)
+            self.display()

@@ -1,0 +1,226 @@
+"""From a configuration to a running Ray Train group: checks first, then workers."""
+
+import json
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.config import TrainConfig
+from cluster.loader import check_data
+from cluster.shards import read_manifest
+from cluster.storage import (
+    Storage,
+    StorageConfig,
+    StorageError,
+    absolute_url,
+    open_storage,
+    pyarrow_filesystem,
+)
+from cluster.telemetry import ProgressActor, ProgressDisplay
+
+CONFIG = "config.json"
+# What a continued run may change: where and how long it runs, not what it computes.
+_CHANGEABLE = {
+    "run", "runs", "workers", "cpus_per_worker", "placement_timeout", "max_failures",
+    "log_every", "checkpoint_every", "panel_every", "storage", "validation",
+}  # fmt: skip
+
+
+def connect_ray() -> None:
+    """Join the cluster this process belongs to (RAY_ADDRESS, `ray job submit`), or start one."""
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+    else:
+        # Ray counts the container's cores itself; the dashboard costs seconds and memory.
+        ray.init("local", include_dashboard=False, **options)
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Create or continue a run; returns the last validation's metrics and the run's URL.
+
+    Raises ValueError (one line: what is wrong and the fix) before any worker starts.
+    """
+    config = resolve(config)
+    run = open_storage(config.run, config.storage)
+    run.check()
+    _record_config(run, config)
+    connect_ray()
+    cpus = place(config.workers, config.cpus_per_worker, config.placement_timeout)
+    config = replace(config, cpus_per_worker=cpus)
+    progress = ProgressActor.remote()
+    with ProgressDisplay(progress, config.method, "step"):
+        metrics = launch(
+            "cluster.worker:train_worker",
+            {"config": config, "run_url": config.run, "progress": progress},
+            workers=config.workers,
+            cpus=config.cpus_per_worker,
+            storage=config.storage,
+            folder=config.run,
+            max_failures=config.max_failures,
+        )
+    return {**metrics, "run": config.run}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill in what the data decides, make URLs absolute, and check everything against the data."""
+    data = replace(
+        config.data,
+        source=absolute_url(config.data.source),
+        target=absolute_url(config.data.target),
+    )
+    validation = config.validation
+    if validation.data:
+        validation = replace(validation, data=absolute_url(validation.data))
+    name = config.run or f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = replace(config, data=data, validation=validation, run=run_url(name, config.runs))
+    manifest = check_data(data, config.storage, config.optimization.global_batch)
+    if validation.data:
+        store = open_storage(validation.data, config.storage)
+        store.check()
+        checked = read_manifest(store)
+        if not checked.labelled or checked.taxonomy != manifest.taxonomy:
+            raise ValueError(
+                f"validation.data {validation.data} must be labelled with the classes of "
+                f"data.source {data.source}"
+            )
+    found = manifest.taxonomy.num_classes
+    if config.model.num_classes not in (0, found):
+        raise ValueError(
+            f"model.num_classes is {config.model.num_classes} but {data.source} has {found} "
+            "classes: set it to 0 to take the data's"
+        )
+    return replace(config, model=replace(config.model, num_classes=found))
+
+
+def run_url(run: str, runs: str) -> str:
+    """URL of a run: `run` itself if it is a URL or path, else a folder below `runs`."""
+    return absolute_url(run if "/" in run else f"{runs.rstrip('/')}/{run}")
+
+
+def load_config(run: Storage) -> dict[str, Any]:
+    """The resolved configuration a run was started with."""
+    if not run.exists(CONFIG):
+        raise StorageError(f"no run at {run.url}: give the name or URL of one that was trained")
+    return json.loads(bytes(run.get(CONFIG)))
+
+
+def _record_config(run: Storage, config: TrainConfig) -> None:
+    """Write the configuration of a new run; refuse one that contradicts an existing run's."""
+    wanted = json.loads(json.dumps(asdict(config)))
+    if run.exists(CONFIG):
+        for key, (old, new) in _differences(load_config(run), wanted).items():
+            raise ValueError(
+                f"run {run.url} was started with {key} = {old!r}, now it is {new!r}: "
+                "keep the value or give another --run"
+            )
+    run.put(CONFIG, json.dumps(wanted, indent=1).encode())
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = {}
+        for key in [*old, *(key for key in new if key not in old)]:
+            if prefix or key not in _CHANGEABLE:
+                found |= _differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
+        return found
+    return {} if old == new else {prefix: (old, new)}
+
+
+def place(workers: int, cpus: int = 0, timeout: float = 0) -> int:
+    """CPU cores of each of `workers`, once the cluster can hold all of them.
+
+    `cpus` 0 takes the largest number that fits. Waits up to `timeout` seconds for a cluster that
+    grows, then raises ValueError that says what was asked and what is there.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = use_gpu()
+        largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+        for count in [cpus] if cpus else range(largest, 0, -1):
+            if sum(_slots(node, count, gpus) for node in nodes) >= workers:
+                return count
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    there = ", ".join(f"{_count(node, 'CPU')} CPU {_count(node, 'GPU')} GPU" for node in nodes)
+    raise ValueError(
+        f"workers: {workers} asked for with {cpus or 1} CPU{' and 1 GPU' if gpus else ''} each, "
+        f"but the cluster has {len(nodes)} node(s) ({there}): lower --workers, or raise "
+        "--placement_timeout for a cluster that grows"
+    )
+
+
+def _count(node: dict[str, float], resource: str) -> int:
+    return int(node.get(resource, 0))
+
+
+def _slots(node: dict[str, float], cpus: int, gpus: bool) -> int:
+    slots = _count(node, "CPU") // cpus
+    return min(slots, _count(node, "GPU")) if gpus else slots
+
+
+def use_gpu() -> bool:
+    """Whether the cluster's workers train on GPUs."""
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def launch(
+    worker: str,
+    payload: dict[str, Any],
+    *,
+    workers: int,
+    cpus: int,
+    storage: StorageConfig,
+    folder: str,
+    max_failures: int = 0,
+) -> Any:
+    """Run `worker` ("module:function", called with `payload`) on a Ray Train group.
+
+    Returns rank 0's return value. An exception of a worker is raised as ValueError if that is
+    what the worker raised, else as RuntimeError, with the worker's own message.
+    """
+    filesystem, path = pyarrow_filesystem(folder, storage)
+    parent, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
+    gpu = use_gpu()
+    trainer = TorchTrainer(
+        _call,
+        train_loop_config={"worker": worker, **payload},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=parent,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {})
+        if not failures:
+            raise RuntimeError(str(error)) from error
+        cause = next(iter(failures.values()))
+        raise RuntimeError(str(cause)) from error
+
+
+def _call(payload: dict[str, Any]) -> Any:
+    """Import the worker where it runs, so that the driver never imports DeepSpeed."""
+    import importlib
+
+    module, function = payload.pop("worker").split(":")
+    return getattr(importlib.import_module(module), function)(payload)

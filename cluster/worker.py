@@ -1,0 +1,200 @@
+"""The training loop of one worker."""
+
+import copy
+import time
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+
+from cluster.checkpoint_format import list_checkpoints
+from cluster.checkpoints import restore_checkpoint, save_checkpoint
+from cluster.config import TrainConfig
+from cluster.engine import Engine, autocast_dtype, set_up_process
+from cluster.inference import evaluate_network
+from cluster.loader import Batch, TrainLoader
+from cluster.storage import Storage, open_storage
+from cluster.telemetry import RunLog
+from sepico.network import Segmentor, build_segmentor
+from sepico.normalization import set_batch_norm
+from sepico.panels import step_panel
+from sepico.schedule import contrast_start_step, ema_decay, learning_rate
+from sepico.statistics import ClassStatistics
+from sepico.step import AdaptationStep, StepBatch
+from sepico.teacher import Teacher
+
+
+def train_worker(payload: dict[str, Any]) -> dict[str, float]:
+    """Train until the last step, from the newest checkpoint of the run if there is one.
+
+    Runs on every worker of a Ray Train group; `payload` holds `config` (TrainConfig with absolute
+    URLs and a resolved number of CPUs), `run_url` and `progress` (a ProgressActor). Returns the
+    last validation's metrics.
+    """
+    config: TrainConfig = payload["config"]
+    device = set_up_process(config.cpus_per_worker)
+    run = open_storage(payload["run_url"], config.storage)
+    trainer = _Trainer(config, device, run, payload["progress"])
+    try:
+        return trainer.train()
+    finally:
+        trainer.close()
+
+
+class _Trainer:
+    def __init__(
+        self, config: TrainConfig, device: torch.device, run: Storage, progress: Any
+    ) -> None:
+        self.config, self.device, self.run, self.progress = config, device, run, progress
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.steps = config.optimization.steps
+        adapts = config.method != "source_only"
+
+        torch.manual_seed(config.seed)
+        network = build_segmentor(config.model, with_projection=adapts).to(device)
+        network.autocast_dtype = autocast_dtype(config.engine.precision)
+        self.teacher = Teacher(copy.deepcopy(network)) if adapts else None
+        self.statistics = None
+        if adapts:
+            set_batch_norm(self.teacher.network, config.engine.batch_norm)
+            width = config.model.projection_channels
+            self.statistics = ClassStatistics(config.model.num_classes, width, device)
+        set_batch_norm(network, config.engine.batch_norm)
+        self.engine = Engine(
+            network,
+            config.engine,
+            config.optimization,
+            projection_start=contrast_start_step(config.contrast.start, config.optimization),
+        )
+        # A group of their own keeps the statistics' asynchronous call apart from the rest.
+        group = dist.new_group()
+        self.step = AdaptationStep(
+            config, network.normalize, self.teacher, self.statistics, group=group
+        )
+        self.start = self._restore()
+        self.loader = TrainLoader(
+            config.data,
+            config.storage,
+            seed=config.seed,
+            global_batch=config.optimization.global_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_step=self.start,
+        )
+        self.log = RunLog(run, self.start) if self.rank == 0 else None
+
+    def close(self) -> None:
+        if hasattr(self, "loader"):
+            self.loader.close()
+
+    def _restore(self) -> int:
+        existing = list_checkpoints(self.run)
+        if not existing:
+            return 0
+        return restore_checkpoint(
+            self.run, existing[-1], self.engine, self.teacher, self.statistics
+        )
+
+    def train(self) -> dict[str, float]:
+        validated: dict[str, float] = {}
+        timer = _Timer(self.start)
+        batches = iter(self.loader)
+        for step in range(self.start, self.steps):
+            batch = next(batches)
+            self._seed(step)
+            student = self.engine.module.module.train()
+            self.engine.step(self.step.terms(self.engine, self._to_device(batch), step), step)
+            if self.teacher is not None:
+                optimization, alpha = self.config.optimization, self.config.teacher.ema_alpha
+                decay = ema_decay(step, optimization, alpha)
+                self.teacher.update(self.engine.full_parameters(), decay)
+            done = step + 1
+            if done % self.config.log_every == 0 or done == self.steps:
+                self._log(step, timer)
+            if self.log and self.step.pictures and done % self.config.panel_every == 0:
+                panel = step_panel(self.step.pictures, self.loader.source.taxonomy)
+                self.log.picture("step", done, panel)
+            validate = self.config.validation.data and (
+                done % self.config.validation.every == 0 or done == self.steps
+            )
+            if validate:
+                validated = self._validate(student, step)
+            if done % self.config.checkpoint_every == 0 or done == self.steps:
+                self._save(done)
+            if validate:
+                ray.train.report({"step": done, **validated})
+        if self.log:
+            self.log.close()
+        return validated
+
+    def _seed(self, step: int) -> None:
+        """Dropout draws from torch's generator: an address a step and rank makes a resume exact."""
+        torch.manual_seed(hash((self.config.seed, step, self.rank)) & 0x7FFFFFFFFFFFFFFF)
+
+    def _to_device(self, batch: Batch) -> StepBatch:
+        def image(pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.to(self.device, non_blocking=True).float() / 255
+
+        def label(pixels: torch.Tensor | None) -> torch.Tensor | None:
+            return None if pixels is None else pixels.to(self.device, non_blocking=True)
+
+        return StepBatch(
+            batch.seeds,
+            image(batch.source_image),
+            label(batch.source_label),
+            image(batch.target_image),
+            label(batch.target_label),
+        )
+
+    def _log(self, step: int, timer: "_Timer") -> None:
+        """Average the step's metrics over workers and show them."""
+        names = sorted(self.step.metrics)
+        values = torch.stack([self.step.metrics[name].double() for name in names])
+        dist.all_reduce(values)
+        metrics = dict(zip(names, (values / self.world_size).tolist(), strict=True))
+        metrics["learning_rate"] = learning_rate(step, self.config.optimization)
+        rate = timer.steps_per_second(step + 1)
+        metrics["images_per_second"] = rate * self.config.optimization.global_batch
+        metrics["data_wait_share"] = timer.share(self.loader.wait_seconds)
+        if self.log:
+            self.log.log(step, metrics)
+            shown = {name: f"{metrics[name]:.3f}" for name in names if "regularizer" not in name}
+            shown["images/s"] = f"{metrics['images_per_second']:.1f}"
+            self.progress.update.remote(step + 1, self.steps, shown)
+
+    def _validate(self, student: Segmentor, step: int) -> dict[str, float]:
+        networks = {"student": student}
+        if self.teacher is not None:
+            networks["teacher"] = self.teacher.network
+        metrics = {}
+        for name, network in networks.items():
+            matrix = evaluate_network(
+                network, self.config.validation.data, self.config.storage, self.device
+            )
+            metrics[f"{name}_miou"] = 100 * matrix.mean_iou()
+        if self.log:
+            self.log.log(step, metrics)
+        return metrics
+
+    def _save(self, done: int) -> None:
+        save_checkpoint(self.run, done, self.engine, self.teacher, self.statistics)
+        if self.log:
+            self.log.sync()
+
+
+class _Timer:
+    """Steps per second since the previous call, and shares of the time since the start."""
+
+    def __init__(self, step: int) -> None:
+        self._began = self._time = time.monotonic()
+        self._step = step
+
+    def steps_per_second(self, step: int) -> float:
+        now = time.monotonic()
+        rate = (step - self._step) / max(now - self._time, 1e-9)
+        self._time, self._step = now, step
+        return rate
+
+    def share(self, seconds: float) -> float:
+        return seconds / max(time.monotonic() - self._began, 1e-9)

@@ -1,0 +1,94 @@
+"""What every job's command line does alike.
+
+`--config` takes a preset's name or a YAML file, every key is a flag (`--section.key value`), later
+ones win, and `--print_config` shows the result. A user's mistake is one line on stderr, never a
+traceback: exit code 2 if it shows before work starts, 1 if it shows later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+Config = TypeVar("Config")
+USAGE_ERROR, DATA_ERROR = 2, 1
+
+
+def run(
+    main: Callable[[Config], Any],
+    config_class: type[Config],
+    *,
+    check: Callable[[Config], Any] | None = None,
+    arguments: list[str] | None = None,
+) -> None:
+    """Parse the command line into `config_class`, `check` it, then call `main` with it.
+
+    `check` looks at the world outside the configuration (folders, stores) before work starts: a
+    ValueError there is a usage error like one in the configuration itself.
+    """
+    config = parse(config_class, arguments)
+    try:
+        if check is not None:
+            check(config)
+    except ValueError as error:
+        _end(error, USAGE_ERROR)
+    try:
+        main(config)
+    except ValueError as error:
+        _end(error, DATA_ERROR)
+
+
+def parse(config_class: type[Config], arguments: list[str] | None = None) -> Config:
+    """The configuration that a command line describes; ends the process if it is wrong."""
+    parser = _parser(config_class)
+    try:
+        namespace = parser.instantiate(parser.parse_args(arguments))
+        names = [field.name for field in dataclasses.fields(config_class)]
+        return config_class(**{name: namespace[name] for name in names})
+    except (ArgumentError, TypeError, ValueError) as error:
+        _end(error, USAGE_ERROR)
+
+
+def presets() -> list[str]:
+    """Names that `--config` knows."""
+    names = (entry.name for entry in files("jobs").joinpath("presets").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+class _PresetOrFile(ActionConfigFile):
+    """`--config`: a preset's name or the path of a YAML file."""
+
+    def __call__(
+        self, parser: ArgumentParser, cfg: Any, values: str, option_string: str | None = None
+    ) -> None:
+        if not Path(values).is_file():
+            if values not in presets():
+                known = ", ".join(presets()) or "none"
+                raise ValueError(
+                    f"--config {values}: neither a file nor a preset; the presets are: {known}"
+                )
+            values = str(files("jobs").joinpath("presets", f"{values}.yaml"))
+        super().__call__(parser, cfg, values, option_string)
+
+
+def _parser(config_class: type) -> ArgumentParser:
+    module = sys.modules["__main__"].__spec__
+    parser = ArgumentParser(
+        prog=f"python -m {module.name}" if module else None,
+        exit_on_error=False,
+        print_config="--print_config",
+    )
+    parser.add_argument("--config", action=_PresetOrFile, help="Preset name or YAML file.")
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def _end(error: Exception, code: int) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)

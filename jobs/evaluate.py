@@ -1,0 +1,36 @@
+"""IoU of a run on a labelled set: `python -m jobs.evaluate --run RUN [--data URL]`."""
+
+from typing import Any
+
+from cluster.evaluation import EvaluateConfig, evaluate
+from jobs.command_line import run
+
+
+def table(report: dict[str, Any]) -> str:
+    """Classes down, networks across, mIoU last; percent."""
+    names = list(report["rows"])
+    width = max(map(len, [*report["classes"], "mIoU"]))
+    lines = [" " * width + "".join(f"{name:>{len(name) + 3}}" for name in names)]
+    for label in report["classes"]:
+        values = [report["rows"][name]["iou"][label] for name in names]
+        lines.append(_line(label, values, names, width))
+    lines.append("-" * len(lines[0]))
+    lines.append(_line("mIoU", [report["rows"][name]["miou"] for name in names], names, width))
+    return "\n".join(lines)
+
+
+def _line(label: str, values: list[float | None], names: list[str], width: int) -> str:
+    cells = ("-" if value is None else f"{value:.1f}" for value in values)
+    columns = zip(cells, names, strict=True)
+    return f"{label:<{width}}" + "".join(f"{cell:>{len(name) + 3}}" for cell, name in columns)
+
+
+def main(config: EvaluateConfig) -> None:
+    """Print the table and say where its JSON lies."""
+    report, url = evaluate(config)
+    print(table(report))
+    print(f"step {report['step']} of {report['run']} on {report['data']}; written to {url}")
+
+
+if __name__ == "__main__":
+    run(main, EvaluateConfig)

@@ -1,0 +1,170 @@
+"""Configuration of the method: what is trained, with which losses, on which schedule.
+
+Every field carries its meaning and unit; cross-field checks live in `__post_init__` and name the
+fields and the fix. Iterations count at `optimization.reference_batch` images a step (the paper
+uses 2): a run with a larger global batch takes fewer, larger steps over the same samples.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Method = Literal["distcl", "source_only"]
+
+
+@dataclass
+class ModelConfig:
+    """The segmentor.
+
+    Attributes:
+        encoder: Encoder name of segmentation-models-pytorch, e.g. "mit_b5", "tu-resnet101".
+        encoder_weights: "imagenet" (downloads), a path to a .safetensors or .pth file in the
+            encoder's own key order, or null for random initialisation.
+        head_channels: Width of the decode head.
+        head_dilations: Dilations of the head's separable ASPP; 1 is a plain 1x1 convolution.
+        dropout: Dropout before the classifier.
+        projection_channels: Width A of the projection head.
+        projection_stages: Encoder stages (0 = stride 4 ... 3 = stride 32) that feed the
+            projection head, resized to the first of them and concatenated.
+        pixel_mean: Per-channel RGB mean on the 0..255 scale.
+        pixel_std: Per-channel RGB standard deviation on the 0..255 scale.
+        num_classes: Number of classes; 0 takes it from the source data set.
+    """
+
+    encoder: str = "mit_b5"
+    encoder_weights: str | None = "imagenet"
+    head_channels: int = 256
+    head_dilations: tuple[int, ...] = (1, 6, 12, 18)
+    dropout: float = 0.1
+    projection_channels: int = 512
+    projection_stages: tuple[int, ...] = (0, 1, 2, 3)
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.projection_stages or not set(self.projection_stages) <= {0, 1, 2, 3}:
+            raise ValueError(
+                f"model.projection_stages is {list(self.projection_stages)}: "
+                "give one or more of 0, 1, 2, 3"
+            )
+
+
+@dataclass
+class ContrastConfig:
+    """Semantic-guided pixel contrast.
+
+    Attributes:
+        temperature: Temperature tau of the contrast's softmax.
+        weight: Weight of the source and the target contrast in the loss.
+        regularizer_weight: Weight of the regulariser R, which spreads the mean feature over the
+            prototypes.
+        start: First iteration with contrast; class statistics accumulate from iteration 0.
+        min_ratio: Share of a label window its majority class needs to label one feature pixel.
+    """
+
+    temperature: float = 100.0
+    weight: float = 1.0
+    regularizer_weight: float = 1.0
+    start: int = 3000
+    min_ratio: float = 0.75
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"contrast.temperature is {self.temperature}: it must be above 0")
+
+
+@dataclass
+class TeacherConfig:
+    """EMA teacher and its pseudo-labels.
+
+    Attributes:
+        ema_alpha: Largest decay of the exponential moving average, per reference batch.
+        threshold: Probability above which a pseudo-label counts as confident; the share of
+            confident pixels weighs the loss on target pixels.
+        ignore_top: Rows at the top of a target crop that are not trusted, pixels.
+        ignore_bottom: Rows at the bottom of a target crop that are not trusted, pixels.
+        crop_tries: Boxes drawn for the class-balanced crop of a target image.
+        crop_max_ratio: Largest share one class may hold in a class-balanced crop.
+    """
+
+    ema_alpha: float = 0.999
+    threshold: float = 0.968
+    ignore_top: int = 15
+    ignore_bottom: int = 120
+    crop_tries: int = 10
+    crop_max_ratio: float = 0.75
+
+
+@dataclass
+class AugmentationConfig:
+    """Strong augmentation of the student's images, drawn per slot of the global batch.
+
+    Attributes:
+        jitter_strength: Range of brightness, contrast, saturation and hue changes.
+        jitter_probability: Probability that a slot is jittered.
+        blur_probability: Probability that a slot is blurred.
+        blur_sigma: Range of the Gaussian blur's sigma, pixels.
+    """
+
+    jitter_strength: float = 0.2
+    jitter_probability: float = 0.8
+    blur_probability: float = 0.5
+    blur_sigma: tuple[float, float] = (0.15, 1.15)
+
+
+@dataclass
+class OptimizationConfig:
+    """Batch, schedule and AdamW.
+
+    Attributes:
+        iterations: Length of the run, in steps of `reference_batch` images.
+        global_batch: Images of each domain in one optimiser step, over all workers.
+        reference_batch: Images a step at which iterations, warm-up and EMA decay are counted.
+        scale_lr: How the rate follows global_batch / reference_batch.
+        lr: Peak learning rate of the encoder.
+        head_lr_multiplier: Factor on the rate of decode and projection head.
+        weight_decay: AdamW weight decay (none on normalisation layers and position embeddings).
+        betas: AdamW betas.
+        warmup: Linear warm-up, iterations.
+        warmup_ratio: Share of the rate at iteration 0.
+        power: Power of the polynomial decay.
+    """
+
+    iterations: int = 40000
+    global_batch: int = 2
+    reference_batch: int = 2
+    scale_lr: Literal["none", "sqrt", "linear"] = "none"
+    lr: float = 6e-5
+    head_lr_multiplier: float = 10.0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: int = 1500
+    warmup_ratio: float = 1e-6
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "global_batch", "reference_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"optimization.{name} is {getattr(self, name)}: at least 1")
+
+    @property
+    def batch_ratio(self) -> float:
+        """Reference iterations that one step stands for."""
+        return self.global_batch / self.reference_batch
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return max(1, round(self.iterations / self.batch_ratio))
+
+
+@dataclass
+class MethodConfig:
+    """Everything the method needs to know, without data, cluster or storage."""
+
+    method: Method = "distcl"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)

@@ -1,0 +1,129 @@
+"""Losses of the method and the selection of the pixels they contrast.
+
+Xie et al., SePiCo: Semantic-Guided Pixel Contrast for Domain Adaptive Semantic Segmentation
+(TPAMI 2023). Losses are means; where a batch is spread over workers, `count` (the global number
+of pixels) and the world size turn a rank's sum into its share of the global mean, given that the
+optimiser averages gradients over ranks.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def downscale_labels(
+    label_map: Tensor, factor: int, *, num_classes: int, min_ratio: float, ignore_index: int = 255
+) -> Tensor:
+    """Majority vote over factor x factor windows: (B, 1, H, W) -> (B, 1, H // f, W // f) int64.
+
+    The ignore value votes as one more class; ties go to the lowest class. A window whose winner
+    holds less than `min_ratio` of it is ignored. Incomplete windows at the edges are dropped.
+    """
+    if factor == 1:
+        return label_map.long()
+    batch, _, height, width = label_map.shape
+    h, w = height // factor, width // factor
+    windows = label_map[:, 0, : h * factor, : w * factor].long()
+    windows = windows.view(batch, h, factor, w, factor).transpose(2, 3).reshape(-1, factor**2)
+    windows = torch.where(windows == ignore_index, num_classes, windows)
+    votes = torch.zeros(len(windows), num_classes + 1, device=label_map.device)
+    votes.scatter_add_(1, windows, torch.ones_like(windows, dtype=votes.dtype))
+    share, winner = (votes / factor**2).max(1)
+    unclear = (share < min_ratio) | (winner == num_classes)
+    return torch.where(unclear, ignore_index, winner).view(batch, 1, h, w)
+
+
+def select_pixels(
+    feature_map: Tensor,
+    label_map: Tensor,
+    *,
+    num_classes: int,
+    min_ratio: float = 0.75,
+    ignore_index: int = 255,
+) -> tuple[Tensor, Tensor]:
+    """Labelled feature pixels: (B, A, h, w), (B, 1, H, W) -> (N, A), (N,) int64.
+
+    Rows come in the order batch, y, x. Raises ValueError when the labels are no whole multiple of
+    the feature grid, or not the same multiple in height and width.
+    """
+    grid, size = tuple(feature_map.shape[-2:]), tuple(label_map.shape[-2:])
+    factor = size[1] // grid[1]
+    if size != (grid[0] * factor, grid[1] * factor):
+        raise ValueError(
+            f"labels of {size} are no whole multiple of the feature grid {grid}: "
+            "choose a crop that the network's stride divides"
+        )
+    labels = downscale_labels(
+        label_map,
+        factor,
+        num_classes=num_classes,
+        min_ratio=min_ratio,
+        ignore_index=ignore_index,
+    ).flatten()
+    rows = feature_map.permute(0, 2, 3, 1).flatten(0, 2)
+    kept = (labels != ignore_index).nonzero().squeeze(1)
+    return rows[kept], labels[kept]
+
+
+def dist_contrast(
+    features: Tensor,
+    labels: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    *,
+    temperature: float,
+    count: Tensor | None = None,
+) -> Tensor:
+    """DistCL: contrast against class distributions, infinitely many samples in closed form.
+
+    For a pixel q of class y, with means m_k and diagonal variances S_k:
+    -q.m_y / t + log sum_k exp(q.m_k / t + q^2.S_k / (2 t^2)).
+
+    Features (N, A), labels (N,), mean and variance (C, A) -> scalar, the mean over N (or
+    sum / `count`). Without a pixel it is a zero that still carries a graph.
+    """
+    features = features.float()
+    similarity = features @ mean.T / temperature
+    spread = features.square() @ variance.T / (2 * temperature**2)
+    positive = similarity.gather(1, labels[:, None]).squeeze(1)
+    losses = torch.logsumexp(similarity + spread, 1) - positive
+    return losses.sum() / (max(len(losses), 1) if count is None else count.clamp(min=1))
+
+
+def regularizer(
+    features: Tensor,
+    mean: Tensor,
+    *,
+    temperature: float,
+    count: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """R = sum_k log p_k / (C log C), p the softmax of the mean feature over the prototypes.
+
+    R is not linear in the mean feature, so with `count` (the global number of pixels) the mean
+    itself is all-reduced, with gradient. Features (N, A), mean (C, A) -> scalar.
+    """
+    total = features.float().sum(0)
+    if count is None:
+        count = total.new_tensor(len(features))
+    elif dist.is_initialized() and dist.get_world_size(group) > 1:
+        total = torch.distributed.nn.functional.all_reduce(total, group=group or dist.group.WORLD)
+    log_p = F.log_softmax(total / count.clamp(min=1) @ mean.T / temperature, 0)
+    num_classes = len(mean)
+    # Without a pixel the authors' loss is 0, not R at the zero feature.
+    return log_p.sum() / (num_classes * math.log(num_classes)) * (count > 0)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, weight: Tensor | None = None, ignore_index: int = 255
+) -> Tensor:
+    """Mean over ALL pixels, ignored ones included, as the authors take it.
+
+    Logits (B, C, h, w) are resized bilinearly to the labels (B, 1, H, W); weight (B, H, W).
+    """
+    logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+    losses = F.cross_entropy(logits, labels[:, 0], ignore_index=ignore_index, reduction="none")
+    return (losses if weight is None else losses * weight).mean()

@@ -1,0 +1,41 @@
+"""Confusion matrix and intersection over union."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ConfusionMatrix:
+    """Counts (C, C) int64, rows true and columns predicted classes, ignored pixels left out."""
+
+    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add two integer label maps of one shape."""
+        labelled = target != self.ignore_index
+        cells = target[labelled].long() * self.num_classes + prediction[labelled].long()
+        counts = torch.bincount(cells.flatten(), minlength=self.num_classes**2)
+        self.counts += counts.view(self.num_classes, self.num_classes).cpu()
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Sum over all workers; `device` is where the process group's backend communicates."""
+        counts = self.counts.to(device)
+        dist.all_reduce(counts)
+        self.counts = counts.cpu()
+
+    def iou(self) -> Tensor:
+        """(C,) float64 fractions, NaN where a class is neither there nor predicted."""
+        intersection = self.counts.diag().double()
+        union = self.counts.sum(0) + self.counts.sum(1) - self.counts.diag()
+        return torch.where(union > 0, intersection / union, torch.nan)
+
+    def mean_iou(self) -> float:
+        """Mean of the classes' IoU, classes without a pixel left out."""
+        return self.iou().nanmean().item()
+
+    def accuracy(self) -> float:
+        """Share of labelled pixels that are right; NaN without any."""
+        return (self.counts.diag().sum() / self.counts.sum()).item()

@@ -1,0 +1,100 @@
+"""Segmentor = encoder + decode head + projection head, one forward."""
+
+from pathlib import Path
+
+import segmentation_models_pytorch as smp
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sepico.config import ModelConfig
+from sepico.heads.daformer import DAFormerHead
+from sepico.heads.projection import ProjectionHead
+
+
+class Segmentor(nn.Module):
+    """Logits and pixel embeddings of an image from one pass through the encoder.
+
+    `autocast_dtype` runs the forward in that precision over float32 parameters. It is an
+    attribute of the module, not a context around the caller: DeepSpeed switches off an autocast
+    it finds outside its engine.
+    """
+
+    def __init__(self, config: ModelConfig, *, with_projection: bool) -> None:
+        super().__init__()
+        weights = config.encoder_weights if config.encoder_weights == "imagenet" else None
+        self.encoder = smp.encoders.get_encoder(config.encoder, weights=weights)
+        widths = self.encoder.out_channels[-4:]
+        self.head = DAFormerHead(
+            widths, config.head_channels, config.head_dilations, config.num_classes, config.dropout
+        )
+        self.projection_stages = config.projection_stages
+        self.projection = (
+            ProjectionHead(
+                [widths[i] for i in config.projection_stages], config.projection_channels
+            )
+            if with_projection
+            else None
+        )
+        self.register_buffer("mean", torch.tensor(config.pixel_mean).view(1, 3, 1, 1), False)
+        self.register_buffer("std", torch.tensor(config.pixel_std).view(1, 3, 1, 1), False)
+        self.autocast_dtype: torch.dtype | None = None
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 on the 0..1 scale -> what the encoder was trained on."""
+        return (images - self.mean / 255) / (self.std / 255)
+
+    def forward(
+        self, images: Tensor, *, logits: bool = True, projections: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Normalised images (B, 3, H, W) float32 -> logits (B, C, h, w), embeddings (B, A, h, w).
+
+        Both are float32 on the grid of the encoder's stride-4 stage. A part that is not asked
+        for (or a projection head that was not built) is None and costs nothing.
+        """
+        autocast = torch.autocast(
+            images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
+        )
+        with autocast:
+            features = self.encoder(images.contiguous(memory_format=torch.channels_last))[-4:]
+            scores = self.head(features).float() if logits else None
+            embeddings = None
+            if projections and self.projection is not None:
+                embeddings = self.projection([features[i] for i in self.projection_stages])
+        return scores, embeddings
+
+
+def build_segmentor(config: ModelConfig, *, with_projection: bool = True) -> Segmentor:
+    """Build the network and load the encoder's weights.
+
+    Raises ValueError when the encoder is unknown, or its weights file is missing or lacks keys.
+    """
+    if config.num_classes < 1:
+        raise ValueError("model.num_classes is not set: give it, or train from a labelled set")
+    try:
+        segmentor = Segmentor(config, with_projection=with_projection)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"model.encoder {config.encoder!r} cannot be built: {error}") from None
+    if config.encoder_weights not in (None, "imagenet"):
+        _load_encoder(segmentor.encoder, Path(config.encoder_weights))
+    return segmentor
+
+
+def _load_encoder(encoder: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"model.encoder_weights: no file {path}; give a path, 'imagenet' or null")
+    if path.suffix == ".safetensors":
+        weights = load_file(path)
+    else:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    target = getattr(encoder, "model", encoder)  # `tu-` encoders wrap the timm model
+    try:
+        # Files of whole classifiers hold a head that the encoder does not have.
+        result = target.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"model.encoder_weights {path} does not fit: {error}") from None
+    if result.missing_keys:
+        raise ValueError(
+            f"model.encoder_weights {path} lacks {len(result.missing_keys)} keys of the encoder, "
+            f"first {result.missing_keys[0]!r}: is it a file of another encoder?"
+        )

@@ -1,0 +1,97 @@
+"""Batch-norm over the images of all workers, on any backend.
+
+`torch.nn.SyncBatchNorm` refuses CPU tensors; this one runs wherever `torch.distributed` does, and
+keeps layers that fuse an activation into their batch-norm (timm's `BatchNormAct2d`) as they are.
+"""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BatchNormMode = Literal["sync", "frozen", "local"]
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """Normalise with the statistics of all ranks; gradients as if the batch were in one place."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, group):
+        count = x.numel() // x.shape[1]
+        variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        # Float64 moments merge without the cancellation of E[x^2] - m^2 in float32.
+        mean, variance = mean.double(), variance.double()
+        sums = torch.cat([mean * count, (variance + mean**2) * count, mean.new_tensor([count])])
+        dist.all_reduce(sums, group=group)
+        total = sums[-1]
+        mean, square = sums[:-1].div_(total).chunk(2)
+        variance = (square - mean**2).clamp_(min=0)
+        mean, variance = mean.to(weight.dtype), variance.to(weight.dtype)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps, ctx.group, ctx.total = eps, group, total
+        ctx.mark_non_differentiable(mean, variance, total)
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, total
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, mean, variance = ctx.saved_tensors
+        inverse_std = torch.rsqrt(variance + ctx.eps)
+        dx, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        means = torch.cat([grad_bias, grad_weight]).double()
+        dist.all_reduce(means, group=ctx.group)
+        mean_grad, mean_grad_xhat = (means / ctx.total).to(weight.dtype).chunk(2)
+        # dx = w/std (dy - mean(dy) - xhat mean(dy xhat)); the op above gave the first term, the
+        # other two are one affine map of x a channel.
+        slope = weight * inverse_std**2 * mean_grad_xhat
+        offset = weight * inverse_std * mean_grad - slope * mean
+        shape = (1, -1, 1, 1)
+        dx = dx.sub_(torch.addcmul(offset.view(shape), x.float(), slope.view(shape)).to(dx.dtype))
+        return dx, grad_weight, grad_bias, None, None
+
+
+class _Synchronized:
+    """Mixed into a batch-norm class by `set_batch_norm`; the module keeps its parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        y, mean, variance, total = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, None)
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1.0 / float(self.num_batches_tracked)
+        unbiased = variance * (total / (total - 1).clamp(min=1)).to(variance.dtype)
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(unbiased, momentum)
+        # timm's BatchNormAct2d applies its activation itself.
+        return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+
+class _Frozen:
+    """Normalises with the running statistics, in training too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        training, self.training = self.training, False
+        try:
+            return super().forward(x)
+        finally:
+            self.training = training
+
+
+def set_batch_norm(network: nn.Module, mode: BatchNormMode) -> None:
+    """Make every batch-norm layer of `network` synchronised, frozen or local, in place.
+
+    The process group must exist before "sync" is asked for; with one process "sync" is "local".
+    """
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    if mode == "local" or (mode == "sync" and alone):
+        return
+    mixin = _Synchronized if mode == "sync" else _Frozen
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            cls = type(module)
+            module.__class__ = type(mixin.__name__.strip("_") + cls.__name__, (mixin, cls), {})

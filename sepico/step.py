@@ -1,0 +1,251 @@
+"""One step of the method: a batch -> its loss terms, in order.
+
+    terms = AdaptationStep(...).terms(student, batch, step)
+    for term in terms: backward(term)          # one graph alive at a time
+    optimiser step; teacher update
+
+The terms are scaled so that averaging gradients over ranks gives the gradient of the global mean.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sepico import augment, losses
+from sepico.config import MethodConfig
+from sepico.schedule import contrast_start_step
+from sepico.statistics import ClassStatistics
+from sepico.teacher import Teacher, trust_mask
+
+Student = Callable[..., tuple[Tensor | None, Tensor | None]]
+
+
+@dataclass
+class StepBatch:
+    """What one rank's slots of a step look like on the device.
+
+    Images are float32 on the 0..1 scale; `seeds` holds one seed a slot. The target comes whole,
+    the source cropped; `target_label` is for analysis only and never reaches a loss.
+    """
+
+    seeds: list[int]
+    source_image: Tensor  # (B, 3, h, w)
+    source_label: Tensor  # (B, 1, h, w) int64
+    target_image: Tensor | None = None  # (B, 3, H, W)
+    target_label: Tensor | None = None  # (B, 1, H, W) int64
+
+
+@dataclass
+class _Labelled:
+    """A target crop with its pseudo-label and the pixels of it that carry a vote."""
+
+    image: Tensor  # (B, 3, h, w)
+    label: Tensor  # (B, h, w) int64
+    trusted_label: Tensor  # (B, 1, h, w) int64, ignored where untrusted
+    confident: Tensor  # () number of pixels above the threshold
+    truth: Tensor | None  # (B, h, w) int64, for analysis
+
+
+class AdaptationStep:
+    """Computes the loss terms; holds the teacher and the class statistics.
+
+    `group` is a process group of the statistics' own: their asynchronous all-reduce must never
+    interleave with the collectives of sharded parameters or synchronised batch-norm. None means
+    the default group, which is right only while those are absent.
+    """
+
+    def __init__(
+        self,
+        config: MethodConfig,
+        normalize: Callable[[Tensor], Tensor],
+        teacher: Teacher | None,
+        statistics: ClassStatistics | None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.config = config
+        self.normalize = normalize
+        self.teacher = teacher
+        self.statistics = statistics
+        self.group = group
+        self.contrast_start = contrast_start_step(config.contrast.start, config.optimization)
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        # Scalars and pictures of the latest step, for telemetry.
+        self.metrics: dict[str, Tensor] = {}
+        self.pictures: dict[str, Tensor] = {}
+
+    def terms(self, student: Student, batch: StepBatch, step: int) -> Iterator[Tensor]:
+        """Yield the step's loss terms; each graph may be freed before the next is asked for."""
+        self.metrics, self.pictures = {}, {}
+        if self.config.method == "source_only":
+            yield from self._source_only(student, batch)
+        else:
+            yield from self._adapt(student, batch, step)
+
+    def _source_only(self, student: Student, batch: StepBatch) -> Iterator[Tensor]:
+        image = self._strong(batch.source_image, batch.seeds)
+        logits, _ = student(self.normalize(image))
+        loss = losses.cross_entropy(logits, batch.source_label)
+        self.metrics["source_ce"] = loss.detach()
+        yield loss
+
+    def _adapt(self, student: Student, batch: StepBatch, step: int) -> Iterator[Tensor]:
+        with_contrast = step >= self.contrast_start
+
+        target = self._pseudo_label(batch)
+        finish = self._start_statistics(batch, target)
+
+        image = self._strong(batch.source_image, batch.seeds)
+        logits, projections = student(self.normalize(image), projections=with_contrast)
+        loss = losses.cross_entropy(logits, batch.source_label)
+        self.metrics["source_ce"] = loss.detach()
+        source_count, target_count, confident_share = finish()
+        if with_contrast:
+            loss = loss + self._contrast("source", projections, batch.source_label, source_count)
+        yield loss
+
+        if with_contrast:
+            strong = self._strong(target.image, batch.seeds)
+            _, projections = student(self.normalize(strong), logits=False)
+            yield self._contrast("target", projections, target.trusted_label, target_count)
+
+        mixed_image, mixed_label, weight = self._mix(batch, target, confident_share)
+        logits, _ = student(self.normalize(mixed_image), projections=False)
+        loss = losses.cross_entropy(logits, mixed_label, weight)
+        self.metrics["mix_ce"] = loss.detach()
+        self.metrics["confident_share"] = confident_share
+        if target.truth is not None:
+            labelled = target.truth != 255
+            right = (target.label == target.truth)[labelled].float().mean()
+            self.metrics["pseudo_label_accuracy"] = right
+        self.pictures = {
+            "source": batch.source_image,
+            "source_label": batch.source_label[:, 0],
+            "target": target.image,
+            "pseudo_label": target.label,
+            "weight": weight,
+            "mix": mixed_image,
+            "mixed_label": mixed_label[:, 0],
+        }
+        yield loss
+
+    def _strong(self, images: Tensor, seeds: list[int]) -> Tensor:
+        return torch.stack(
+            [
+                augment.strong_augment(image, seed, self.config.augmentation)
+                for image, seed in zip(images, seeds, strict=True)
+            ]
+        )
+
+    def _pseudo_label(self, batch: StepBatch) -> _Labelled:
+        """Label the whole image, crop where classes balance, label the crop again."""
+        config = self.config.teacher
+        whole, _ = self.teacher.pseudo_label(self.normalize(batch.target_image))
+        size = tuple(batch.source_image.shape[-2:])
+        boxes = [
+            augment.crop_target(label, seed, size, config)
+            for label, seed in zip(whole, batch.seeds, strict=True)
+        ]
+        image = torch.stack(
+            [image[:, y, x] for image, (y, x) in zip(batch.target_image, boxes, strict=True)]
+        )
+        truth = None
+        if batch.target_label is not None:
+            truth = torch.stack(
+                [t[0, y, x] for t, (y, x) in zip(batch.target_label, boxes, strict=True)]
+            )
+        label, probability = self.teacher.pseudo_label(self.normalize(image))
+        trusted = trust_mask(*size, config.ignore_top, config.ignore_bottom).to(label.device) > 0
+        return _Labelled(
+            image,
+            label,
+            torch.where(trusted, label, 255)[:, None],
+            (probability >= config.threshold).sum(),
+            truth,
+        )
+
+    def _start_statistics(
+        self, batch: StepBatch, target: _Labelled
+    ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+        """Launch the step's one fused all-reduce; the returned call awaits and merges it.
+
+        It answers with the global numbers of kept source pixels and kept target pixels, and the
+        global share of confident target pixels.
+        """
+        embeddings = self.teacher.embeddings(self.normalize(batch.source_image))
+        features, labels = self._select(embeddings, batch.source_label)
+        factor = batch.source_label.shape[-1] // embeddings.shape[-1]
+        kept = losses.downscale_labels(
+            target.trusted_label,
+            factor,
+            num_classes=self.statistics.num_classes,
+            min_ratio=self.config.contrast.min_ratio,
+        )
+        extra = torch.stack([(kept != 255).sum(), target.confident]).double()
+        sums = torch.cat([self.statistics.batch_sums(features, labels), extra])
+        work = None
+        if dist.is_initialized():
+            work = dist.all_reduce(sums, group=self.group, async_op=True)
+
+        def finish() -> tuple[Tensor, Tensor, Tensor]:
+            if work is not None:
+                work.wait()
+            self.statistics.merge(sums[:-2])
+            source_count = sums[: self.statistics.num_classes].sum()
+            share = sums[-1] / (target.label.numel() * self.world_size)
+            return source_count.float(), sums[-2].float(), share.float()
+
+        return finish
+
+    def _select(self, projections: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return losses.select_pixels(
+            projections,
+            labels,
+            num_classes=self.statistics.num_classes,
+            min_ratio=self.config.contrast.min_ratio,
+        )
+
+    def _contrast(self, domain: str, projections: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+        """Weighted contrast (+ regulariser) of one domain, as this rank's share."""
+        config, statistics = self.config.contrast, self.statistics
+        features, classes = self._select(projections, labels)
+        loss = losses.dist_contrast(
+            features,
+            classes,
+            statistics.mean,
+            statistics.variance,
+            temperature=config.temperature,
+            count=count,
+        )
+        self.metrics[f"{domain}_contrast"] = loss.detach() * self.world_size
+        loss = config.weight * self.world_size * loss
+        if config.regularizer_weight:
+            spread = losses.regularizer(
+                features,
+                statistics.mean,
+                temperature=config.temperature,
+                count=count,
+                group=self.group,
+            )
+            self.metrics[f"{domain}_regularizer"] = spread.detach()
+            loss = loss + config.regularizer_weight * spread
+        return loss
+
+    def _mix(
+        self, batch: StepBatch, target: _Labelled, confident_share: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ClassMix of weak source and target crop, strongly augmented afterwards."""
+        chosen = [
+            augment.draw_mix_classes(label, seed)
+            for label, seed in zip(batch.source_label, batch.seeds, strict=True)
+        ]
+        mask = augment.class_mix_mask(batch.source_label, chosen)
+        image = torch.where(mask.bool(), batch.source_image, target.image)
+        label = torch.where(mask.bool(), batch.source_label, target.label[:, None])
+        config = self.config.teacher
+        trusted = trust_mask(*image.shape[-2:], config.ignore_top, config.ignore_bottom)
+        target_weight = confident_share * trusted.to(image.device)
+        weight = torch.where(mask[:, 0].bool(), 1.0, target_weight)
+        return self._strong(image, batch.seeds), label, weight

@@ -1,0 +1,186 @@
+"""Folders and buckets behave alike, and what is wrong with either is one line within seconds."""
+
+import os
+import pickle
+import socket
+import threading
+import time
+
+import pyarrow.fs
+import pytest
+
+from cluster.storage import (
+    StorageConfig,
+    StorageError,
+    absolute_url,
+    open_storage,
+    pyarrow_filesystem,
+)
+
+
+@pytest.fixture(params=["file", "s3"])
+def storage(request, tmp_path):
+    if request.param == "file":
+        return open_storage(str(tmp_path / "data"), StorageConfig())
+    server = request.getfixturevalue("s3")
+    bucket = server.make_bucket(f"storage-{time.time_ns()}")
+    return open_storage(f"{bucket}/some/prefix", StorageConfig(endpoint=server.endpoint))
+
+
+def test_objects_round_trip(storage):
+    storage.put("a/b.bin", bytes(range(100)))
+    storage.put("c.bin", b"c")
+    assert storage.get("a/b.bin") == bytes(range(100))
+    assert bytes(storage.get_range("a/b.bin", 10, 5)) == bytes(range(10, 15))
+    assert storage.list() == ["a/b.bin", "c.bin"]
+    assert storage.list("a") == ["a/b.bin"]
+    assert storage.exists("c.bin") and not storage.exists("d.bin")
+    storage.put("c.bin", b"replaced")
+    assert storage.get("c.bin") == b"replaced"
+    storage.delete("c.bin")
+    storage.delete("c.bin")
+    assert not storage.exists("c.bin")
+
+
+def test_a_range_past_the_end_is_short(storage):
+    storage.put("a", b"0123456789")
+    assert bytes(storage.get_range("a", 8, 10)) == b"89"
+
+
+def test_an_empty_place_lists_nothing_and_passes_its_check(storage):
+    storage.check()
+    assert storage.list() == []
+    assert not storage.exists("a")
+
+
+def test_a_missing_object_is_named_with_its_url(storage):
+    for read in (lambda: storage.get("no/such"), lambda: storage.get_range("no/such", 0, 1)):
+        with pytest.raises(StorageError) as caught:
+            read()
+        assert str(caught.value) == f"{storage.url}/no/such: no such object"
+
+
+def test_a_storage_is_not_pickled(storage):
+    with pytest.raises(TypeError, match="belongs to one process"):
+        pickle.dumps(storage)
+
+
+def test_readers_see_whole_objects_while_a_writer_replaces_them(storage):
+    versions = [bytes([i]) * 300_000 for i in range(2)]
+    storage.put("object", versions[0])
+    writer = threading.Thread(
+        target=lambda: [storage.put("object", versions[i % 2]) for i in range(60)]
+    )
+    writer.start()
+    while writer.is_alive():
+        assert storage.get("object") in versions
+    writer.join()
+
+
+def test_urls():
+    assert absolute_url("s3://bucket/a") == "s3://bucket/a"
+    assert absolute_url("file:///a/b") == "file:///a/b"
+    assert absolute_url("/a/b") == "file:///a/b"
+    assert absolute_url("a/b") == f"file://{os.getcwd()}/a/b"
+
+
+@pytest.mark.parametrize("url", ["ftp://host/a", "gs://bucket/a", "s3:///a", "file://host/a", ""])
+def test_a_url_nobody_can_read_is_refused(url):
+    with pytest.raises(StorageError, match="s3://BUCKET/PREFIX"):
+        open_storage(url, StorageConfig())
+
+
+def test_a_path_with_spaces_and_signs(tmp_path):
+    storage = open_storage(str(tmp_path / "a b#c%20"), StorageConfig())
+    storage.put("x", b"1")
+    assert (tmp_path / "a b#c%20" / "x").read_bytes() == b"1"
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="is a file, a folder is needed"):
+        open_storage(str(tmp_path / "file" / "data"), StorageConfig()).check()
+
+
+def refusal(url, config):
+    """The message of a failed check, which must come fast, in one line, without a secret."""
+    begin = time.monotonic()
+    with pytest.raises(StorageError) as caught:
+        open_storage(url, config).check()
+    message = str(caught.value)
+    assert time.monotonic() - begin < 10
+    assert "\n" not in message and url in message
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        assert name not in os.environ or os.environ[name] not in message
+    return message
+
+
+def test_a_missing_bucket_is_said(s3):
+    message = refusal("s3://no-such-bucket/a", StorageConfig(endpoint=s3.endpoint))
+    assert "no bucket 'no-such-bucket'" in message and s3.endpoint in message
+
+
+def test_a_wrong_secret_is_said(s3, monkeypatch):
+    url = s3.make_bucket("wrong-secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
+    config = StorageConfig(endpoint=s3.endpoint)
+    assert "access to bucket 'wrong-secret' denied" in refusal(url, config)
+    with pytest.raises(StorageError, match="access denied: set AWS_ACCESS_KEY_ID") as caught:
+        open_storage(url, config).put("a", b"1")
+    assert "another-secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_credentials_are_said(s3, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    config = StorageConfig(endpoint=s3.endpoint)
+    assert "no AWS credentials" in refusal("s3://bucket/a", config)
+    with pytest.raises(StorageError, match="no AWS credentials"):
+        open_storage("s3://bucket/a", config).get("key")
+
+
+def test_a_wrong_endpoint_is_said(unused_port):
+    config = StorageConfig(endpoint=f"http://127.0.0.1:{unused_port}")
+    assert "check --storage.endpoint" in refusal("s3://bucket/a", config)
+    begin = time.monotonic()
+    with pytest.raises(StorageError, match="s3://bucket/a/key"):
+        open_storage("s3://bucket/a", config).get("key")
+    assert time.monotonic() - begin < 10
+
+
+def test_an_endpoint_that_never_answers_is_given_up():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        config = StorageConfig(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert "check --storage.endpoint" in refusal("s3://bucket/a", config)
+
+
+def test_an_endpoint_without_a_scheme_is_refused():
+    with pytest.raises(ValueError, match="must start with http"):
+        StorageConfig(endpoint="localhost:9000")
+
+
+def test_the_endpoint_may_come_from_the_environment(s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+    storage = open_storage(s3.make_bucket("from-environment"), StorageConfig())
+    storage.check()
+    storage.put("a", b"1")
+    assert storage.get("a") == b"1"
+
+
+def test_the_file_system_for_ray_reads_the_same_objects_and_carries_no_secret(storage):
+    storage.put("a.bin", b"123")
+    config = storage._config
+    filesystem, path = pyarrow_filesystem(storage.url, config)
+    pickled = pickle.dumps(filesystem)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        assert os.environ[name].encode() not in pickled
+    restored = pickle.loads(pickled)
+    assert isinstance(restored, pyarrow.fs.FileSystem)
+    with restored.open_input_stream(f"{path}/a.bin") as stream:
+        assert stream.read() == b"123"
+
+
+@pytest.fixture
+def unused_port():
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        return held.getsockname()[1]
