@@ -95,12 +95,17 @@ def parameter_groups(network: nn.Module, config: OptimizationConfig) -> list[dic
     return list(groups.values())
 
 
-def set_up_process(cpus: int) -> torch.device:
-    """Set this worker's threads, let DeepSpeed adopt Ray Train's process group; its device."""
-    torch.set_num_threads(cpus)
+def adopt_process_group() -> None:
+    """Let DeepSpeed use the process group that exists."""
     # DeepSpeed would compile a shared-memory kernel here: minutes, and a compiler at hand.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+
+
+def set_up_process(cpus: int) -> torch.device:
+    """Threads and process group of a worker of Ray Train; returns its device."""
+    torch.set_num_threads(cpus)
+    adopt_process_group()
     return ray.train.torch.get_device()
 
 

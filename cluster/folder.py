@@ -7,6 +7,7 @@ and the fix.
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def _listed(root: Path, list_file: str, images: dict[str, Path]) -> list[str]:
 
 def read_image(path: Path) -> tuple[bytes, torch.Tensor]:
     """The file's bytes and the decoded (3, H, W) uint8 image."""
-    data = path.read_bytes()
+    data = _read(path)
     try:
         return data, decode_image(_tensor(data), mode=ImageReadMode.RGB)
     except (RuntimeError, ValueError):
@@ -111,7 +112,7 @@ def read_image(path: Path) -> tuple[bytes, torch.Tensor]:
 
 def read_label(path: Path, taxonomy: Taxonomy) -> torch.Tensor:
     """The decoded (H, W) uint8 label plane."""
-    data = path.read_bytes()
+    data = _read(path)
     # Bytes 24 and 25 of a PNG: bit depth 8 and colour type 0. A palette or 16-bit file would
     # decode to other numbers than it shows.
     if data[24:26] != b"\x08\x00":
@@ -129,6 +130,16 @@ def read_label(path: Path, taxonomy: Taxonomy) -> torch.Tensor:
             "convert it to train ids or correct classes.json"
         )
     return label
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read on {socket.gethostname()} ({error.strerror}): the folder must "
+            "be visible from every node of the cluster"
+        ) from None
 
 
 def _tensor(data: bytes) -> torch.Tensor:

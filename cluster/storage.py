@@ -48,7 +48,7 @@ class StorageConfig:
     """How object storage is reached. Credentials come from the AWS default chain.
 
     Attributes:
-        endpoint: S3 endpoint URL; default: AWS_ENDPOINT_URL, else AWS.
+        endpoint: S3 endpoint URL; default: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, else AWS.
         region: S3 region; default: the AWS default chain, else us-east-1.
         path_style: Address buckets as ENDPOINT/BUCKET; false: BUCKET.ENDPOINT.
         anonymous: Send unsigned requests, for public buckets.
@@ -207,7 +207,8 @@ def _split(url: str) -> tuple[str, str, str]:
 
 
 def _endpoint(config: StorageConfig) -> str | None:
-    return config.endpoint or os.environ.get("AWS_ENDPOINT_URL") or None
+    variables = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+    return config.endpoint or next(filter(None, variables), None)
 
 
 def _region(config: StorageConfig) -> str:
@@ -217,7 +218,7 @@ def _region(config: StorageConfig) -> str:
 def _s3_store(url: str, bucket: str, prefix: str, config: StorageConfig) -> S3Store:
     options = {"region": _region(config), "virtual_hosted_style_request": not config.path_style}
     if endpoint := _endpoint(config):
-        options["endpoint"] = endpoint
+        options["aws_endpoint_url_s3"] = endpoint  # the key that wins over the environment
     provider = None
     if config.anonymous:
         options["skip_signature"] = True

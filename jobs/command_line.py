@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 Config = TypeVar("Config")
-USAGE_ERROR, DATA_ERROR = 2, 1
+USAGE_ERROR, DATA_ERROR, INTERRUPTED = 2, 1, 130
 
 
 def run(
@@ -42,6 +42,8 @@ def run(
         main(config)
     except ValueError as error:
         _end(error, DATA_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 def parse(config_class: type[Config], arguments: list[str] | None = None) -> Config:
@@ -74,7 +76,10 @@ class _PresetOrFile(ActionConfigFile):
                     f"--config {values}: neither a file nor a preset; the presets are: {known}"
                 )
             values = str(files("jobs").joinpath("presets", f"{values}.yaml"))
-        super().__call__(parser, cfg, values, option_string)
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except (ArgumentError, TypeError, ValueError) as error:
+            raise ValueError(f"--config {values}: {error}") from None
 
 
 def _parser(config_class: type) -> ArgumentParser:
@@ -82,6 +87,7 @@ def _parser(config_class: type) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"python -m {module.name}" if module else None,
         exit_on_error=False,
+        allow_abbrev=False,
         print_config="--print_config",
     )
     parser.add_argument("--config", action=_PresetOrFile, help="Preset name or YAML file.")

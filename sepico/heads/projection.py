@@ -1,10 +1,34 @@
 """Projection head: encoder features -> unit-norm pixel embeddings for the contrast."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepico.heads.daformer import conv_norm_act
+
+
+class StagedConv1x1(nn.Module):
+    """A 1x1 convolution over the concatenation of resized stages, each at its own resolution.
+
+    Bilinear resizing and a 1x1 convolution commute, so every stage is convolved with its slice of
+    the weight before it is resized: the same numbers without the wide full-resolution tensor.
+    """
+
+    def __init__(self, in_channels: list[int], channels: int) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        whole = nn.Conv2d(sum(in_channels), channels, 1, bias=False)
+        self.weight = whole.weight
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """List of (B, C_i, h_i, w_i) -> (B, C, h_0, w_0)."""
+        size = features[0].shape[-2:]
+        total = None
+        for feature, weight in zip(features, self.weight.split(self.in_channels, 1), strict=True):
+            part = F.conv2d(feature, weight)
+            if part.shape[-2:] != size:
+                part = F.interpolate(part, size, mode="bilinear", align_corners=False)
+            total = part if total is None else total + part
+        return total
 
 
 class ProjectionHead(nn.Module):
@@ -15,17 +39,14 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, in_channels: list[int], channels: int) -> None:
         super().__init__()
+        self.reduce = StagedConv1x1(in_channels, channels)
         self.layers = nn.Sequential(
-            conv_norm_act(sum(in_channels), channels),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
             conv_norm_act(channels, channels),
             nn.Conv2d(channels, channels, 1),
         )
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """List of (B, C_i, h_i, w_i) -> (B, A, h_0, w_0) float32 with unit norm along A."""
-        size = features[0].shape[-2:]
-        resized = [features[0]] + [
-            F.interpolate(feature, size, mode="bilinear", align_corners=False)
-            for feature in features[1:]
-        ]
-        return F.normalize(self.layers(torch.cat(resized, 1)).float(), dim=1)
+        return F.normalize(self.layers(self.reduce(features)).float(), dim=1)

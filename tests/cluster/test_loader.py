@@ -143,7 +143,7 @@ def test_a_flipped_byte_is_an_error_with_the_key(folder, write_dataset, urls, tm
     data[manifest.offsets[7] + 300] ^= 4
     storage.put("shard-00005.arrow", bytes(data))
     before = threading.active_count()
-    with pytest.raises(StorageError, match="'frame007'.*checksum"):
+    with pytest.raises(StorageError, match=r"'frame007'.*checksum"):
         batches({"source": urls["source"], "target": str(tmp_path)}, steps=2)
     assert threading.active_count() == before
 
@@ -182,7 +182,7 @@ def test_data_that_cannot_fill_a_batch_is_refused(urls, options, message):
 def test_data_is_checked_before_work_starts(urls, tmp_path):
     config = StorageConfig()
     assert check_data(DataConfig(**urls, **CROP), config, 6).labelled
-    with pytest.raises(ValueError, match="data.target is not set"):
+    with pytest.raises(ValueError, match=r"data\.target is not set"):
         check_data(DataConfig(source=urls["source"], **CROP), config, 6)
     with pytest.raises(ValueError, match="has no labels"):
         check_data(DataConfig(source=urls["target"], target=urls["target"], **CROP), config, 6)

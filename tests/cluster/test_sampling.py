@@ -37,7 +37,7 @@ def test_a_class_that_does_not_occur_has_probability_zero():
 
 @pytest.mark.parametrize(("counts", "temperature"), [([1, 2], 0.0), ([1, 2], -1.0), ([0, 0], 1.0)])
 def test_probabilities_that_do_not_exist_are_refused(counts, temperature):
-    with pytest.raises(ValueError, match="rcs_temperature|labelled pixel"):
+    with pytest.raises(ValueError, match=r"rcs_temperature|labelled pixel"):
         rare_class_probabilities(np.array(counts), temperature)
 
 

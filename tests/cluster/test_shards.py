@@ -68,7 +68,7 @@ def test_a_flipped_byte_is_an_error_with_the_key(storage, index):
 def test_a_truncated_shard_is_an_error_with_the_key(storage):
     manifest = read_manifest(storage)
     storage.put("shard-00000.arrow", storage.get("shard-00000.arrow")[: manifest.offsets[2] + 9])
-    with pytest.raises(StorageError, match="'frame002'.*checksum"):
+    with pytest.raises(StorageError, match=r"'frame002'.*checksum"):
         ShardReader(storage, manifest).read(2)
 
 

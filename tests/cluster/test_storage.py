@@ -159,11 +159,17 @@ def test_an_endpoint_without_a_scheme_is_refused():
         StorageConfig(endpoint="localhost:9000")
 
 
-def test_the_endpoint_may_come_from_the_environment(s3, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
-    storage = open_storage(s3.make_bucket("from-environment"), StorageConfig())
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_the_endpoint_may_come_from_the_environment(s3, monkeypatch, name):
+    url = s3.make_bucket(f"from-{name.lower().replace('_', '-')}")
+    monkeypatch.setenv(name, s3.endpoint)
+    storage = open_storage(url, StorageConfig())
     storage.check()
     storage.put("a", b"1")
+    assert storage.get("a") == b"1"
+    monkeypatch.setenv(name, "http://127.0.0.1:1")
+    storage = open_storage(url, StorageConfig(endpoint=s3.endpoint))
+    storage.check()
     assert storage.get("a") == b"1"
 
 
