@@ -168,8 +168,9 @@ class Engine:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Full float32 weights and buffers by name; a collective under stage 3."""
-        state = dict(self.module.module.named_buffers())
-        names = (name for name, _ in self.module.module.named_parameters())
+        module = self.module.module
+        state = module.state_dict()
+        names = (name for name, _ in module.named_parameters())
         state.update(zip(names, self.full_parameters(), strict=True))
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 

@@ -1,18 +1,19 @@
 """Evaluate runs on a labelled set: from a configuration to confusion matrices and a report."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import torch
 
-from cluster.checkpoint_format import list_checkpoints
+from cluster.checkpoint_format import list_checkpoints, read_weights
 from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage
 from cluster.training import connect_ray, launch, load_config, place, run_url
 from sepico.config import ModelConfig
 from sepico.metrics import ConfusionMatrix
+from sepico.network import Segmentor, build_segmentor
 from sepico.taxonomies import Taxonomy
 
 
@@ -46,7 +47,7 @@ class EvaluationTask:
     """One run's networks on one labelled data set, as trained or after AdaBN."""
 
     run_url: str
-    model: ModelConfig
+    num_classes: int
     precision: str
     data: str
     adapt_data: str = ""  # URL of the images for AdaBN, empty for "as trained"
@@ -85,12 +86,39 @@ def tasks_of_run(
     trained = load_config(run)
     if not list_checkpoints(run):
         raise StorageError(f"run {run.url} has no checkpoint yet: let it train to its first")
-    model = ModelConfig(**trained["model"])
     adaptations = [""] + ([absolute_url(adapt_data)] if adapt_data else [])
     return [
-        EvaluationTask(run.url, model, trained["engine"]["precision"], data, adaptation)
+        EvaluationTask(
+            run.url,
+            trained["model"]["num_classes"],
+            trained["engine"]["precision"],
+            data,
+            adaptation,
+        )
         for adaptation in adaptations
     ]
+
+
+def networks_of_run(url: str, storage: StorageConfig) -> list[str]:
+    """Which of "student" and "teacher" the newest checkpoint of a run holds."""
+    files = list_checkpoints(open_storage(url, storage))[-1].files
+    return [name for name in ("student", "teacher") if f"{name}.safetensors" in files]
+
+
+def load_network(url: str, storage: StorageConfig, name: str = "student") -> Segmentor:
+    """A network of a run's newest checkpoint in eval mode, without its projection head."""
+    run = open_storage(url, storage)
+    weights = read_weights(run, list_checkpoints(run)[-1], name)
+    model = replace(ModelConfig(**load_config(run)["model"]), encoder_weights=None)
+    network = build_segmentor(model, with_projection=False)
+    network.load_state_dict(
+        {
+            key: value
+            for key, value in weights.items()
+            if not key.startswith("projection.") and key not in ("mean", "std")
+        }
+    )
+    return network.eval()
 
 
 def evaluate_tasks(
@@ -105,9 +133,9 @@ def evaluate_tasks(
     for url in {task.adapt_data for task in tasks if task.adapt_data}:
         read_manifest(open_storage(url, storage))
     for task in tasks:
-        if task.model.num_classes != manifest.taxonomy.num_classes:
+        if task.num_classes != manifest.taxonomy.num_classes:
             raise ValueError(
-                f"{task.run_url} was trained on {task.model.num_classes} classes, {store.url} has "
+                f"{task.run_url} was trained on {task.num_classes} classes, {store.url} has "
                 f"{manifest.taxonomy.num_classes}"
             )
     connect_ray()

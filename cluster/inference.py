@@ -1,21 +1,19 @@
 """Distributed evaluation: each worker predicts its share, the confusion matrix is all-reduced."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from cluster.checkpoint_format import list_checkpoints, read_weights
 from cluster.engine import autocast_dtype, set_up_process
-from cluster.evaluation import EvaluationTask
+from cluster.evaluation import EvaluationTask, load_network, networks_of_run
 from cluster.loader import load_samples
 from cluster.shards import ShardReader, read_manifest
 from cluster.storage import StorageConfig, open_storage
 from sepico.metrics import ConfusionMatrix
-from sepico.network import Segmentor, build_segmentor
+from sepico.network import Segmentor
 from sepico.normalization import set_batch_norm
 
 
@@ -101,20 +99,10 @@ def evaluate_worker(payload: dict[str, Any]) -> list[dict[str, list[list[int]]]]
 def _evaluate(
     task: EvaluationTask, storage: StorageConfig, device: torch.device
 ) -> dict[str, list[list[int]]]:
-    run = open_storage(task.run_url, storage)
-    checkpoint = list_checkpoints(run)[-1]
     counts = {}
-    for name in ("student", "teacher"):
-        if f"{name}.safetensors" not in checkpoint.files:
-            continue
-        weights = read_weights(run, checkpoint, name)
-        model = replace(task.model, encoder_weights=None)
-        network = build_segmentor(model, with_projection=False)
-        # Evaluation needs logits only.
-        network.load_state_dict(
-            {key: value for key, value in weights.items() if not key.startswith("projection.")}
-        )
-        network = network.to(device).eval()
+    for name in networks_of_run(task.run_url, storage):
+        network = load_network(task.run_url, storage, name)
+        network = network.to(device)
         network.autocast_dtype = autocast_dtype(task.precision)
         set_batch_norm(network, "sync")
         if task.adapt_data:

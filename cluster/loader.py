@@ -231,6 +231,15 @@ def _check(data: DataConfig, source: Manifest, target: Manifest, global_batch: i
         raise ValueError(
             f"{source.url} and {target.url} have other classes: ingest both with one classes.json"
         )
+    rarest = source.pixel_counts.max(axis=0)
+    for name, most, total in zip(
+        source.taxonomy.names, rarest, source.pixel_counts.sum(axis=0), strict=True
+    ):
+        if total and most <= data.rcs_min_pixels:
+            raise ValueError(
+                f"class {name!r}: no image of {source.url} holds more than data.rcs_min_pixels "
+                f"{data.rcs_min_pixels} pixels of it (the most is {most}): lower it"
+            )
     for name, manifest in (("source", source), ("target", target)):
         if len(manifest) < global_batch:
             raise ValueError(

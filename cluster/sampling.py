@@ -57,7 +57,7 @@ class Sampler:
     """Draws for every (step, slot): rare class sampling of the source, epochs of the target.
 
     Source: a class by `rare_class_probabilities`, then uniformly an image with more than
-    `min_pixels` pixels of it, or any image that holds it where no image has that many.
+    `min_pixels` pixels of it. Raises ValueError for a class that occurs, but nowhere that often.
     Target: every image once an epoch of `target_size` positions, in an order of the epoch's own.
     """
 
@@ -81,7 +81,12 @@ class Sampler:
         probabilities = rare_class_probabilities(source_pixel_counts.sum(axis=0), temperature)
         cumulative = np.cumsum(probabilities)
         self._cumulative = cumulative / cumulative[-1]  # ends at exactly 1, above every point
-        self._images = [_holders(counts, min_pixels) for counts in source_pixel_counts.T]
+        self._images = [np.flatnonzero(counts > min_pixels) for counts in source_pixel_counts.T]
+        for rare_class, images in enumerate(self._images):
+            if probabilities[rare_class] > 0 and not images.size:
+                raise ValueError(
+                    f"class {rare_class}: no image has more than {min_pixels} pixels of it"
+                )
         self._target_size = target_size
         self._seed = seed
         self._global_batch = global_batch
@@ -112,9 +117,3 @@ class Sampler:
         """(count,) uint64. The address sits above the word that counts along the stream."""
         key = np.array([self._seed, stream], np.uint64)
         return Philox(key=key, counter=np.array([0, address, 0, 0], np.uint64)).random_raw(count)
-
-
-def _holders(counts: np.ndarray, min_pixels: int) -> np.ndarray:
-    """Indices of the images to draw a class from: `counts` (N,) are its pixels in each image."""
-    many = np.flatnonzero(counts > min_pixels)
-    return many if many.size else np.flatnonzero(counts)

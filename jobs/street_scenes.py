@@ -28,8 +28,8 @@ TAXONOMY = Taxonomy(
 ROAD, PAVEMENT, BUILDING, SKY, TREE, CAR, PERSON, POLE, SIGN = range(TAXONOMY.num_classes)
 # Means of the Poisson counts of what stands in a street, and the range of its roofs in metres.
 TOWNS = {
-    "day": {"person": 6, "car": 4, "tree": 4, "sign": 3, "roofs": (5, 16)},
-    "night": {"person": 4, "car": 7, "tree": 2.5, "sign": 3, "roofs": (4, 26)},
+    "day": {"person": 7, "car": 4, "tree": 4, "sign": 3, "roofs": (5, 16)},
+    "night": {"person": 6, "car": 7, "tree": 2.5, "sign": 3, "roofs": (4, 26)},
 }
 
 
@@ -75,14 +75,15 @@ class _Street:
         self.night, self.town = domain == "night", TOWNS[domain]
         self.focal, self.eye = width * rng.uniform(0.8, 1.0), rng.uniform(1.4, 2.2)
         # Pixel centres, counted from the vanishing point.
-        self.row = np.arange(0.5, height, dtype=np.float32)[:, None] - height * rng.uniform(0.36, 0.52)
-        self.column = np.arange(0.5, width, dtype=np.float32) - width * rng.uniform(0.38, 0.62)
+        rows, columns = (np.arange(0.5, size, dtype=np.float32) for size in (height, width))
+        self.row = rows[:, None] - height * rng.uniform(0.36, 0.52)
+        self.column = columns - width * rng.uniform(0.38, 0.62)
         self.albedo, self.emission = np.zeros((2, 3, height, width), np.float32)
         self.depth = np.full((height, width), 1000, np.float32)
         self.labels = np.full((height, width), SKY, np.uint8)
         self.lane, parking = rng.uniform(2.8, 3.8), rng.uniform(0.3, 2.2)
         self.left, self.right = -1.5 * self.lane - parking, 0.5 * self.lane + parking
-        self.walls = self.left - rng.uniform(2.5, 6), self.right + rng.uniform(2.5, 6)
+        self.walls = self.left - rng.uniform(3, 6.5), self.right + rng.uniform(3, 6.5)
         self.lights: list[tuple[float, float, float, np.ndarray]] = []  # x, y, z, colour * power
 
     def plane(self, x0: float, x1: float, top: float, z0: float, z1: float | None = None):
@@ -102,10 +103,10 @@ class _Street:
     def paint(self, plane, cover, color, label=None, emission=0.0) -> None:
         """Lay a colour (3, h, w) over the buffers where `cover` (h, w) is above 0."""
         at, *_, z = plane
-        target = self.albedo[:, *at]
+        target = self.albedo[(slice(None), *at)]
         target += cover * (color - target)
         if self.night:
-            target = self.emission[:, *at]
+            target = self.emission[(slice(None), *at)]
             target += cover * (emission - target)
         if label is not None:
             solid = cover > 0.5
@@ -113,7 +114,7 @@ class _Street:
             np.copyto(self.depth[at], z, where=solid, casting="unsafe")
 
     def stamp(self, plane, label, *shapes, rough=0.1) -> None:
-        """Paint shapes (kind, u0, u1, v0, v1, colour[, emission]) in order, with surface texture."""
+        """Paint shapes (kind, u0, u1, v0, v1, colour[, emission]) in order, with texture."""
         _, u, v, scale, _ = plane
         grain = _noise(u * 14 + self.rng.integers(256), v * 14)
         for kind, u0, u1, v0, v1, color, *emission in shapes:
@@ -164,12 +165,12 @@ class _Street:
 
     def houses(self) -> None:
         """Rows of houses with gaps on both sides, far to near, and often one across the end."""
-        rng = self.rng
+        rng, (low, high) = self.rng, self.town["roofs"]
         if rng.random() < 0.6:
             self.house(self.plane(-60, 60, 16, rng.uniform(60, 110)), rng.uniform(5, 16))
         for x in self.walls:
             lengths, gaps = rng.uniform(7, 18, 7), rng.uniform(2, 9, 7) * (rng.random(7) < 0.4)
-            starts, tops = 1.5 + np.cumsum(lengths + gaps) - lengths, rng.uniform(*self.town["roofs"], 7)
+            starts, tops = np.cumsum(lengths + gaps) - lengths + 1, rng.uniform(low, high, 7)
             for z, length, top in zip(starts[::-1], lengths[::-1], tops, strict=True):
                 x0, x1 = sorted((x, x + 14 * np.sign(x)))
                 wall = rng.uniform(0.25, 0.7) * _rgb(*rng.uniform(0.8, 1.2, 3))
@@ -184,16 +185,18 @@ class _Street:
         if abs(x) > 1:  # the side towards the camera
             side = x - 0.9 * np.sign(x)
             self.stamp(self.plane(side, side, 1.5, z, z + 4.2), CAR,
-                       ("box", 0, 4.2, 0.2, 0.95, 0.8 * body), ("cone", 0, 3.4, 0.9, 1.5, 0.8 * body),
-                       ("cone", 0.4, 3, 1, 1.4, glass), ("disc", 0.4, 1.1, 0, 0.65, black),
+                       ("box", 0, 4.2, 0.2, 0.95, 0.8 * body),
+                       ("cone", 0, 3.4, 0.9, 1.5, 0.8 * body), ("cone", 0.4, 3, 1, 1.4, glass),
+                       ("disc", 0.4, 1.1, 0, 0.65, black),
                        ("disc", 3, 3.7, 0, 0.65, black))  # fmt: skip
-        l, r = x - 0.9, x + 0.9
-        self.stamp(self.plane(l, r, 1.5, z), CAR,
-                   ("box", l, r, 0, 0.3, black), ("box", l, r, 0.22, 0.95, body),
-                   ("cone", l, r, 0.9, 1.5, body), ("cone", l + 0.15, r - 0.15, 0.98, 1.4, glass),
+        x0, x1 = x - 0.9, x + 0.9
+        self.stamp(self.plane(x0, x1, 1.5, z), CAR,
+                   ("box", x0, x1, 0, 0.3, black), ("box", x0, x1, 0.22, 0.95, body),
+                   ("cone", x0, x1, 0.9, 1.5, body),
+                   ("cone", x0 + 0.15, x1 - 0.15, 0.98, 1.4, glass),
                    ("box", x - 0.27, x + 0.27, 0.45, 0.6, _rgb(0.8, 0.8, 0.7)),
-                   ("box", l + 0.05, l + 0.4, 0.6, 0.82, _rgb(0.7, 0.3, 0.3), lamp),
-                   ("box", r - 0.4, r - 0.05, 0.6, 0.82, _rgb(0.7, 0.3, 0.3), lamp))  # fmt: skip
+                   ("box", x0 + 0.05, x0 + 0.4, 0.6, 0.82, _rgb(0.7, 0.3, 0.3), lamp),
+                   ("box", x1 - 0.4, x1 - 0.05, 0.6, 0.82, _rgb(0.7, 0.3, 0.3), lamp))  # fmt: skip
         self.lights.append((x, 0.6, z - 1.5, lamp * (0.7 if oncoming else 0.2)))
 
     def person(self, x: float, z: float) -> None:
@@ -216,27 +219,29 @@ class _Street:
                      for u, v in at), rough=0.25)  # fmt: skip
 
     def pole(self, x: float, z: float, high: float) -> None:
-        thick = max(0.12, 1.1 * z / self.focal)  # at least 2.2 pixels wide
-        gray = self.rng.uniform(0.2, 0.6) * _rgb(1, 1, 1)
-        self.stamp(self.plane(x - 1, x + 1, high, z), POLE, ("box", x - thick, x + thick, 0, high, gray))
+        thick = max(0.15, 1.5 * z / self.focal)  # at least 3 pixels wide
+        shape = ("box", x - thick, x + thick, 0, high, self.rng.uniform(0.15, 0.4) * _rgb(1, 1, 1))
+        self.stamp(self.plane(x - 1, x + 1, high, z), POLE, shape)
 
     def sign(self, x: float, z: float) -> None:
-        rng, kind, r = self.rng, self.rng.choice(["disc", "box", "cone"]), self.rng.uniform(0.5, 0.75)
+        rng, r = self.rng, self.rng.uniform(0.5, 0.75)
+        kind = rng.choice(["disc", "box", "cone"])
         rim = _rgb(*rng.choice([(0.75, 0.1, 0.1), (0.1, 0.2, 0.65), (0.8, 0.7, 0.1)]))
-        face = rng.choice([0.3, 0.85]) * _rgb(1, 1, 1)
+        face = (rng.choice([0.3, 0.85]) * _rgb(1, 1, 1), 0.6 * r)
+        shapes = [(kind, x - s, x + s, 2.6 - s, 2.6 + s, color) for color, s in ((rim, r), face)]
         self.pole(x, z, 2.6)
-        self.stamp(self.plane(x - 1, x + 1, 3.3, z), SIGN, *(
-            (kind, x - s, x + s, 2.6 - s, 2.6 + s, color) for s, color in ((r, rim), (0.6 * r, face))))  # fmt: skip
+        self.stamp(self.plane(x - 1, x + 1, 3.4, z), SIGN, *shapes)
 
     def lamp(self, x: float, z: float) -> None:
         """A post with its head above the road; at night some are out."""
         rng, high, end = self.rng, self.rng.uniform(5, 7), x - 1.4 * np.sign(x)
-        power = self.night * (rng.random() < 0.75) * _rgb(1, *rng.choice([(0.6, 0.25), (0.85, 0.7)]))
-        x0, x1 = sorted((x, end))
+        power = _rgb(1, *rng.choice([(0.6, 0.25), (0.85, 0.7)])) * (rng.random() < 0.75)
+        power, (x0, x1) = power * self.night, sorted((x, end))
         self.pole(x, z, high)
         self.stamp(self.plane(x0 - 0.4, x1 + 0.4, high + 0.2, z), POLE,
                    ("box", x0, x1, high - 0.12, high + 0.12, _rgb(0.35, 0.35, 0.35)),
-                   ("box", end - 0.4, end + 0.4, high - 0.25, high, _rgb(0.5, 0.5, 0.5), 3 * power))  # fmt: skip
+                   ("box", end - 0.4, end + 0.4, high - 0.25, high, _rgb(0.5, 0.5, 0.5), 3 * power)
+                   )  # fmt: skip
         self.lights.append((end, high, z, 2.2 * power))
 
     def things(self) -> None:
@@ -244,41 +249,41 @@ class _Street:
         rng, town, left, right = self.rng, self.town, self.left, self.right
         bays = [(x, z) for x in (-self.lane, 0, left + 1.1, right - 1.1) for z in range(7, 48, 7)]
         todo = [(z, self.car, x) for x, z in rng.permutation(bays)[: rng.poisson(town["car"])]]
-        for kind, far in ((self.person, 15), (self.tree, 40), (self.sign, 16)):
+        for kind, far in ((self.person, 12), (self.tree, 40), (self.sign, 16)):
             for _ in range(rng.poisson(town[kind.__name__])):
                 x = rng.choice([left - rng.uniform(0.3, 2), right + rng.uniform(0.3, 2)])
-                crosses = kind == self.person and rng.random() < 0.25
-                todo.append((rng.uniform(4.5, far), kind, rng.uniform(left, right) if crosses else x))
+                if kind == self.person and rng.random() < 0.25:
+                    x = rng.uniform(left, right)
+                todo.append((rng.uniform(4.5, far), kind, x))
         step, first = rng.uniform(12, 20), rng.uniform(5, 12)
         todo += [(first + step * i, self.lamp, (left - 0.4, right + 0.4)[i % 2]) for i in range(5)]
         for z, painter, x in sorted(todo, key=lambda thing: -thing[0]):
             painter(x + rng.uniform(-0.2, 0.2), z)
 
-    def world(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Coordinates x, y, z of what each pixel shows: three (H, W)."""
-        meters = self.depth / self.focal
-        return self.column * meters, self.eye - self.row * meters, self.depth
-
-    def by_day(self) -> np.ndarray:
-        """Radiance (3, H, W) under sun and sky, with the shadow of one row of houses, and haze."""
-        rng, (x, y, z) = self.rng, self.world()
+    def by_day(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Radiance (3, H, W) of the points x, y, z under sun and sky, with shadow and haze."""
+        rng = self.rng
         from_wall = x - self.walls[0] if rng.random() < 0.5 else self.walls[1] - x
-        sunny = _cover(y + from_wall * rng.uniform(0.5, 2.5) - rng.uniform(*self.town["roofs"]), 0.7)
+        roof, slope = rng.uniform(*self.town["roofs"]), rng.uniform(0.5, 2.5)
+        sunny = _cover(y + from_wall * slope - roof, 0.7)
         sky = _rgb(0.5, 0.66, 0.86) + rng.random() * _rgb(0.25, 0.12, -0.06) + 0.003 * self.row
-        sky = sky + 0.04 * _blur(_noise(self.column * 0.4 + rng.integers(256), self.row * 0.8), 1, 2)
+        sky = sky + 0.04 * _blur(
+            _noise(self.column * 0.4 + rng.integers(256), self.row * 0.8), 1, 2
+        )
         sky, clear = sky * rng.uniform(0.85, 1.1), np.exp(-z / rng.uniform(90, 400))
         lit = self.albedo * (rng.uniform(0.6, 0.95) + rng.uniform(0, 0.7) * sunny)
         return np.where(self.labels == SKY, sky, sky + clear * (lit - sky))
 
-    def by_night(self) -> np.ndarray:
-        """Radiance (3, H, W) under lamps and headlights, with a wet road, glow and mist."""
-        rng, (x, y, z), (height, width) = self.rng, self.world(), self.labels.shape
+    def by_night(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Radiance (3, H, W) of the points x, y, z under lamps, with a wet road, glow and mist."""
+        rng, (height, width) = self.rng, self.labels.shape
         light = rng.uniform(0.1, 0.4) * _rgb(0.6, 0.75, 1.0) * np.ones_like(x)
         for lx, ly, lz, power in self.lights:
             flat = (x - lx) ** 2 + (z - lz) ** 2
             cone = (1.5 * (ly + 1 - y) / np.sqrt(flat + 1)).clip(0, 1)  # lamps shine downwards
             light += power * (cone / (1 + (flat + (y - ly) ** 2) / 14))
-        beam = np.exp(-((x / (1 + 0.25 * z)) ** 2) - np.maximum(y - 0.7, 0) ** 2) / (1 + (z / 9) ** 2)
+        beam = np.exp(-((x / (1 + 0.25 * z)) ** 2) - np.maximum(y - 0.7, 0) ** 2)
+        beam /= 1 + (z / 9) ** 2  # the camera's own headlights
         light += rng.uniform(0.3, 1.2) * _rgb(1, 0.95, 0.8) * beam
         sky = rng.uniform(0.02, 0.25) * _rgb(1, 0.7, 0.5) * np.exp(np.minimum(self.row, 0) / 18)
         sky = sky + rng.uniform(0.01, 0.15) * _rgb(0.6, 0.7, 1)
@@ -294,7 +299,7 @@ class _Street:
         glow = 0.5 * _blur(self.emission, 2, 2) + 0.7 * _blur(self.emission, 8, 8)
         mist = (1 - np.exp(-z / rng.uniform(150, 400))) * _rgb(0.05, 0.037, 0.027)
         seen = _blur(seen + rng.uniform(0.3, 0.8) * glow + mist, 0.5, 0.5)
-        return 1 - np.exp(-rng.uniform(1.3, 2) * seen)
+        return 1 - np.exp(-rng.uniform(1, 1.6) * seen)
 
 
 def render(
@@ -305,8 +310,10 @@ def render(
     street.ground()
     street.houses()
     street.things()
-    picture, rng = street.by_night() if street.night else street.by_day(), street.rng
-    sigma = rng.uniform(0.02, 0.045) if street.night else rng.uniform(0.005, 0.02)
+    rng, metres = street.rng, street.depth / street.focal
+    light = street.by_night if street.night else street.by_day
+    picture = light(street.column * metres, street.eye - street.row * metres, street.depth)
+    sigma = rng.uniform(0.015, 0.04) if street.night else rng.uniform(0.005, 0.02)
     picture += sigma * rng.standard_normal(picture.shape, np.float32)
     # As in real recordings, the bonnet of the camera's car and the frame have no label.
     arch = height * (1 - 0.08 * rng.random() * np.cos(np.linspace(-1.3, 1.3, width)))

@@ -1,0 +1,131 @@
+"""The whole system on a generated two-domain street-scene set: `python -m jobs.demo`.
+
+No download, no account: local Ray, local files, a few minutes on two cores. Generates day scenes
+with labels and night scenes without, trains source-only and SePiCo for the same number of steps,
+and compares them on held-out night scenes.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from cluster.config import TrainConfig
+from cluster.evaluation import evaluate_tasks, load_network, tasks_of_run
+from cluster.ingest import IngestConfig, ingest
+from cluster.shards import ShardReader, read_manifest
+from cluster.storage import StorageConfig, absolute_url, open_storage
+from cluster.training import connect_ray, train
+from jobs.command_line import parse, run
+from jobs.street_scenes import write_dataset
+from sepico.panels import image_grid
+
+# name: (domain, images, labelled)
+DATA_SETS = {
+    "day": ("day", 240, True),
+    "night": ("night", 160, False),
+    "night_val": ("night", 48, True),
+}
+METHODS = {"source-only": "source_only", "SePiCo": "distcl"}
+
+
+@dataclass
+class DemoConfig:
+    """The demo.
+
+    Attributes:
+        folder: Where the generated images, shards, runs and the picture go.
+        seed: Seed of the scenes and of both runs.
+        workers: Ray Train workers.
+    """
+
+    folder: str = "demo"
+    seed: int = 1
+    workers: int = 2
+
+
+def main(config: DemoConfig) -> None:
+    """Generate, ingest, train twice, evaluate, print the table and write the picture."""
+    root = Path(config.folder) / f"seed{config.seed}"
+    connect_ray()
+    data = {name: _make(root, name, config.seed) for name in DATA_SETS}
+    runs = {name: _train(config, root, data, method) for name, method in METHODS.items()}
+    storage = StorageConfig()
+    tasks = [
+        task
+        for url in runs.values()
+        for task in tasks_of_run(url, data["night_val"], data["night"], storage)
+    ]
+    rows, _ = evaluate_tasks(
+        tasks, storage, config.workers, folder=absolute_url(str(root / "evaluation"))
+    )
+    trained, adapted = rows[0::2], rows[1::2]
+    results = {
+        name: (trained[i]["student"]["miou"], adapted[i]["student + AdaBN"]["miou"])
+        for i, name in enumerate(runs)
+    }
+    (root / "results.json").write_text(json.dumps(results, indent=1))
+    picture = root / "comparison.png"
+    picture.write_bytes(_picture(data["night_val"], runs))
+    print(f"\nmIoU on {DATA_SETS['night_val'][1]} held-out night scenes, seed {config.seed}")
+    print(f"{'':<14}{'as trained':>12}{'AdaBN':>10}")
+    for name, values in results.items():
+        print(f"{name:<14}{values[0]:>12.1f}{values[1]:>10.1f}")
+    print(f"picture: {picture}")
+
+
+def _make(root: Path, name: str, seed: int) -> str:
+    """Generate and ingest one data set; its URL. What is there already is kept."""
+    domain, count, labelled = DATA_SETS[name]
+    url = absolute_url(str(root / "shards" / name))
+    if not open_storage(url, StorageConfig()).exists("manifest.arrow"):
+        images = root / "images" / name
+        write_dataset(
+            images, domain=domain, count=count, seed=10 * seed + list(DATA_SETS).index(name)
+        )
+        ingest(IngestConfig(root=str(images), labels=labelled, to=url))
+    return url
+
+
+def _train(config: DemoConfig, root: Path, data: dict[str, str], method: str) -> str:
+    preset = str(files("jobs").joinpath("presets", "demo.yaml"))
+    base = parse(TrainConfig, ["--config", preset])
+    base = replace(
+        base,
+        method=method,
+        workers=config.workers,
+        seed=config.seed,
+        run=method,
+        runs=str(root / "runs"),
+        data=replace(base.data, source=data["day"], target=data["night"]),
+    )
+    return train(base)["run"]
+
+
+@torch.no_grad()
+def _picture(data_url: str, runs: dict[str, str], count: int = 4) -> bytes:
+    """Night scene, truth and each run's prediction, a row a scene."""
+    store = open_storage(data_url, StorageConfig())
+    manifest = read_manifest(store)
+    reader = ShardReader(store, manifest)
+    samples = [reader.read(i) for i in range(count)]
+    images = torch.stack([sample.image for sample in samples]).float() / 255
+    columns: dict[str, np.ndarray] = {
+        "night scene": torch.stack([s.image.permute(1, 2, 0) for s in samples]).numpy(),
+        "truth": manifest.taxonomy.paint(torch.stack([s.label for s in samples]).numpy()),
+    }
+    for name, url in runs.items():
+        network = load_network(url, StorageConfig())
+        logits, _ = network(network.normalize(images))
+        logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
+        columns[name] = manifest.taxonomy.paint(logits.argmax(1).numpy())
+    grid = [[(title, column[row]) for title, column in columns.items()] for row in range(count)]
+    return image_grid(grid, manifest.taxonomy)
+
+
+if __name__ == "__main__":
+    run(main, DemoConfig)
