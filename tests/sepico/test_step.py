@@ -1,0 +1,69 @@
+"""Properties of the step that no stored number shows."""
+
+import pytest
+import torch
+
+from sepico import augment, losses
+from sepico.config import AugmentationConfig
+from sepico.taxonomies import Taxonomy
+
+
+def test_a_batch_without_a_labelled_pixel_gives_a_zero_that_carries_a_graph():
+    features = torch.randn(2, 4, 3, 3, requires_grad=True)
+    labels = torch.full((2, 1, 12, 12), 255)
+    rows, classes = losses.select_pixels(features, labels, num_classes=5)
+    mean, variance = torch.randn(5, 4), torch.rand(5, 4)
+    loss = losses.dist_contrast(rows, classes, mean, variance, temperature=0.1)
+    loss = loss + losses.regularizer(rows, mean, temperature=0.1)
+    loss.backward()
+    assert loss.item() == 0
+    assert features.grad.abs().max() == 0
+
+
+def test_a_small_temperature_does_not_overflow():
+    features = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)
+    mean = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
+    loss = losses.dist_contrast(
+        features, torch.arange(50) % 5, mean, torch.rand(5, 8), temperature=1e-3
+    )
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("size", [(24, 33), (25, 32), (48, 32)])
+def test_labels_that_do_not_fit_the_feature_grid_are_refused(size):
+    with pytest.raises(ValueError, match="no whole multiple"):
+        losses.select_pixels(torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, *size), num_classes=5)
+
+
+def test_class_mix_draws_half_of_the_classes_and_never_the_ignore_value():
+    labels = torch.tensor([[0, 1, 2, 255], [3, 4, 255, 255]])
+    for seed in range(50):
+        chosen = augment.draw_mix_classes(labels, seed)
+        assert len(chosen) == 3
+        assert 255 not in chosen
+
+
+def test_the_images_of_a_slot_get_the_same_strong_augmentation():
+    image = torch.rand(3, 16, 16)
+    config = AugmentationConfig()
+    first = augment.strong_augment(image, 7, config)
+    assert torch.equal(first, augment.strong_augment(image, 7, config))
+    assert not torch.equal(first, augment.strong_augment(image, 8, config))
+
+
+def test_a_taxonomy_survives_its_dictionary():
+    taxonomy = Taxonomy(("road", "sky"), ((1, 2, 3), (4, 5, 6)))
+    assert Taxonomy.from_dict(taxonomy.to_dict()) == taxonomy
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([{"train_id": 1, "name": "a", "color": [0, 0, 0]}], "train ids must be"),
+        ([{"train_id": 0, "name": "a"}], "missing or malformed"),
+        ([{"train_id": 0, "name": "a", "color": [0, 0, 300]}], "three integers"),
+    ],
+)
+def test_a_malformed_taxonomy_is_refused(classes, message):
+    with pytest.raises(ValueError, match=message):
+        Taxonomy.from_dict({"classes": classes})
