@@ -112,11 +112,7 @@ def load_network(url: str, storage: StorageConfig, name: str = "student") -> Seg
     model = replace(ModelConfig(**load_config(run)["model"]), encoder_weights=None)
     network = build_segmentor(model, with_projection=False)
     network.load_state_dict(
-        {
-            key: value
-            for key, value in weights.items()
-            if not key.startswith("projection.") and key not in ("mean", "std")
-        }
+        {key: value for key, value in weights.items() if not key.startswith("projection.")}
     )
     return network.eval()
 

@@ -22,6 +22,7 @@ TINY = {
     "model.head_channels": "16",
     "model.head_dilations": "[1]",
     "model.projection_channels": "16",
+    "model.dropout": "0",  # draws per rank
     "contrast.start": "2",
     "contrast.temperature": "0.5",
     "teacher.ignore_top": "0",
