@@ -23,6 +23,7 @@ from cluster.storage import (
     pyarrow_filesystem,
 )
 from cluster.telemetry import ProgressActor, ProgressDisplay
+from sepico.network import check_model
 
 CONFIG = "config.json"
 # What a continued run may change: where and how long it runs, not what it computes.
@@ -52,9 +53,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config = resolve(config)
     run = open_storage(config.run, config.storage)
     run.check()
-    _record_config(run, config)
+    _check_config(run, config)
+    check_model(config.model)
     connect_ray()
     cpus = place(config.workers, config.cpus_per_worker, config.placement_timeout)
+    run.put(CONFIG, json.dumps(asdict(config), indent=1).encode())
     config = replace(config, cpus_per_worker=cpus)
     progress = ProgressActor.remote()
     with ProgressDisplay(progress, config.method, "step"):
@@ -113,16 +116,16 @@ def load_config(run: Storage) -> dict[str, Any]:
     return json.loads(bytes(run.get(CONFIG)))
 
 
-def _record_config(run: Storage, config: TrainConfig) -> None:
-    """Write the configuration of a new run; refuse one that contradicts an existing run's."""
+def _check_config(run: Storage, config: TrainConfig) -> None:
+    """Refuse to continue a run with a configuration that contradicts its own."""
+    if not run.exists(CONFIG):
+        return
     wanted = json.loads(json.dumps(asdict(config)))
-    if run.exists(CONFIG):
-        for key, (old, new) in _differences(load_config(run), wanted).items():
-            raise ValueError(
-                f"run {run.url} was started with {key} = {old!r}, now it is {new!r}: "
-                "keep the value or give another --run"
-            )
-    run.put(CONFIG, json.dumps(wanted, indent=1).encode())
+    for key, (old, new) in _differences(load_config(run), wanted).items():
+        raise ValueError(
+            f"run {run.url} was started with {key} = {old!r}, now it is {new!r}: "
+            "keep the value or give another --run"
+        )
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -186,8 +189,8 @@ def launch(
 ) -> Any:
     """Run `worker` ("module:function", called with `payload`) on a Ray Train group.
 
-    Returns rank 0's return value. An exception of a worker is raised as ValueError if that is
-    what the worker raised, else as RuntimeError, with the worker's own message.
+    Returns rank 0's return value. Raises ValueError with the worker's own message for bad data
+    and for a loss that is not finite, RuntimeError for anything else.
     """
     filesystem, path = pyarrow_filesystem(folder, storage)
     parent, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
@@ -215,6 +218,9 @@ def launch(
         if not failures:
             raise RuntimeError(str(error)) from error
         cause = next(iter(failures.values()))
+        cause = getattr(cause, "_base_exc", cause)  # Ray wraps what the worker raised
+        if isinstance(cause, (ValueError, FloatingPointError)):
+            raise ValueError(str(cause)) from error
         raise RuntimeError(str(cause)) from error
 
 

@@ -1,5 +1,6 @@
 """Segmentor = encoder + decode head + projection head, one forward."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
@@ -74,10 +75,18 @@ def build_segmentor(config: ModelConfig, *, with_projection: bool = True) -> Seg
     try:
         segmentor = Segmentor(config, with_projection=with_projection)
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"model.encoder {config.encoder!r} cannot be built: {error}") from None
+        reason = str(error)[:100]  # the rest lists every encoder there is
+        raise ValueError(f"model.encoder {config.encoder!r} cannot be built: {reason}...") from None
     if config.encoder_weights not in (None, "imagenet"):
         _load_encoder(segmentor.encoder, Path(config.encoder_weights))
     return segmentor
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise what `build_segmentor` would, before work starts and without a download."""
+    if config.encoder_weights == "imagenet":
+        config = replace(config, encoder_weights=None)
+    build_segmentor(config)
 
 
 def _load_encoder(encoder: nn.Module, path: Path) -> None:

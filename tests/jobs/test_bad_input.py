@@ -20,7 +20,7 @@ __all__ = ["data", "joined"]  # fixtures
         ({"storage.endpoint": "http://127.0.0.1:9"}, ["127.0.0.1:9", "endpoint"]),
         ({"data.source": "nowhere"}, ["nowhere", "jobs.ingest"]),
         ({"optimization.global_batch": "64"}, ["global_batch 64", "12 images"]),
-        ({"data.rcs_min_pixels": "3000"}, ["class4", "data.rcs_min_pixels"]),
+        ({"data.rcs_min_pixels": "130"}, ["class4", "data.rcs_min_pixels"]),
         ({"data.crop_height": "320"}, ["smaller than the crop", "crop_height"]),
         ({"model.encoder_weights": "nowhere.pth"}, ["nowhere.pth"]),
         ({"model.encoder": "no_such_encoder"}, ["no_such_encoder"]),
