@@ -107,7 +107,7 @@ def _train(config: DemoConfig, root: Path, data: dict[str, str], method: str) ->
 
 
 @torch.no_grad()
-def _picture(data_url: str, runs: dict[str, str], count: int = 4) -> bytes:
+def _picture(data_url: str, runs: dict[str, str], count: int = 3) -> bytes:
     """Night scene, truth and each run's prediction, a row a scene."""
     store = open_storage(data_url, StorageConfig())
     manifest = read_manifest(store)
