@@ -39,14 +39,14 @@ class Checkpoint:
 def list_checkpoints(storage: Storage) -> list[Checkpoint]:
     """Complete checkpoints of a run, oldest first."""
     manifests = [key for key in storage.list(FOLDER) if key.endswith("/manifest.json")]
-    found = [Checkpoint(**json.loads(bytes(storage.get(key)))) for key in manifests]
+    found = [Checkpoint(**json.loads(storage.get(key))) for key in manifests]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
     """One file of a checkpoint; ValueError that names it when its checksum does not match."""
     key = f"{checkpoint.prefix}/{name}"
-    content = bytes(storage.get(key))
+    content = storage.get(key)
     if xxhash.xxh3_64_hexdigest(content) != checkpoint.files[name]:
         raise ValueError(
             f"{storage.url}/{key} is damaged: its checksum is not the manifest's; "

@@ -88,8 +88,10 @@ def restore_checkpoint(
             "or start another --run"
         )
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        # DeepSpeed reads the shared module states and this rank's optimiser shard.
+        mine = (f"zero_pp_rank_{dist.get_rank()}_", "mp_rank_")
         for name in checkpoint.files:
-            if name.startswith(f"{TAG}/"):
+            if name.startswith(f"{TAG}/") and Path(name).name.startswith(mine):
                 path = Path(folder, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(read_file(storage, checkpoint, name))

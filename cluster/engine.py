@@ -80,7 +80,9 @@ def parameter_groups(network: nn.Module, config: OptimizationConfig) -> list[dic
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         part = name.split(".")[0]
-        decayed = id(parameter) not in undecayed and "pos_block" not in name
+        decayed = id(parameter) not in undecayed and not any(
+            part in name for part in ("pos_block", "pos_embed")
+        )
         group = groups.setdefault(
             (part, decayed),
             {
@@ -144,10 +146,14 @@ class Engine:
         if not self.stage:  # stage 0 has no coalescing: accumulate locally, reduce once below
             self.module.set_gradient_accumulation_boundary(False)
         with self.module.coalesce_grad_reduction() if self.stage else nullcontext():
+            # Leaving the block reduces gradients with all ranks, so nothing may raise inside it.
+            values = []
             for term in terms:
-                if not torch.isfinite(term.detach()):
-                    raise FloatingPointError(f"loss is {term.item()} at step {step}")
+                values.append(term.detach())
                 self.module.backward(term)
+        if not torch.isfinite(torch.stack(values)).all():
+            found = [value.item() for value in values]
+            raise FloatingPointError(f"the loss terms of step {step} are {found}: lower the rate")
         if not self.stage:
             self.module.set_gradient_accumulation_boundary(True)
             self.module.allreduce_gradients()

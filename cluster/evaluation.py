@@ -6,8 +6,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import torch
+import xxhash
 
-from cluster.checkpoint_format import list_checkpoints, read_weights
+from cluster.checkpoint_format import Checkpoint, list_checkpoints, read_weights
 from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage
 from cluster.training import connect_ray, launch, load_config, place, run_url
@@ -49,6 +50,7 @@ class EvaluationTask:
     run_url: str
     num_classes: int
     precision: str
+    checkpoint: Checkpoint
     data: str
     adapt_data: str = ""  # URL of the images for AdaBN, empty for "as trained"
 
@@ -69,11 +71,13 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], str]:
     report = {
         "run": run.url,
         "data": data,
-        "step": list_checkpoints(run)[-1].step,
+        "step": tasks[0].checkpoint.step,
         "classes": list(taxonomy.names),
         "rows": {name: row for task_rows in rows for name, row in task_rows.items()},
     }
-    key = f"evaluation/{PurePosixPath(data).name}.json"
+    # Two data sets may share their last folder's name.
+    digest = xxhash.xxh3_64_hexdigest(f"{data} {config.adapt_data}")[:8]
+    key = f"evaluation/{PurePosixPath(data).name}-{digest}.json"
     run.put(key, json.dumps(report, indent=1).encode())
     return report, f"{run.url}/{key}"
 
@@ -84,7 +88,8 @@ def tasks_of_run(
     """Tasks of one run: as trained and, with `adapt_data`, after AdaBN."""
     run = open_storage(url, storage)
     trained = load_config(run)
-    if not list_checkpoints(run):
+    done = list_checkpoints(run)
+    if not done:
         raise StorageError(f"run {run.url} has no checkpoint yet: let it train to its first")
     adaptations = [""] + ([absolute_url(adapt_data)] if adapt_data else [])
     return [
@@ -92,6 +97,7 @@ def tasks_of_run(
             run.url,
             trained["model"]["num_classes"],
             trained["engine"]["precision"],
+            done[-1],
             data,
             adaptation,
         )
@@ -99,16 +105,18 @@ def tasks_of_run(
     ]
 
 
-def networks_of_run(url: str, storage: StorageConfig) -> list[str]:
-    """Which of "student" and "teacher" the newest checkpoint of a run holds."""
-    files = list_checkpoints(open_storage(url, storage))[-1].files
-    return [name for name in ("student", "teacher") if f"{name}.safetensors" in files]
+def networks_of(checkpoint: Checkpoint) -> list[str]:
+    """Which of "student" and "teacher" a checkpoint holds."""
+    names = ("student", "teacher")
+    return [name for name in names if f"{name}.safetensors" in checkpoint.files]
 
 
-def load_network(url: str, storage: StorageConfig, name: str = "student") -> Segmentor:
-    """A network of a run's newest checkpoint in eval mode, without its projection head."""
+def load_network(
+    url: str, storage: StorageConfig, name: str = "student", checkpoint: Checkpoint | None = None
+) -> Segmentor:
+    """A network of a run's checkpoint (the newest) in eval mode, without its projection head."""
     run = open_storage(url, storage)
-    weights = read_weights(run, list_checkpoints(run)[-1], name)
+    weights = read_weights(run, checkpoint or list_checkpoints(run)[-1], name)
     model = replace(ModelConfig(**load_config(run)["model"]), encoder_weights=None)
     network = build_segmentor(model, with_projection=False)
     network.load_state_dict(

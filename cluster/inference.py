@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cluster.engine import autocast_dtype, set_up_process
-from cluster.evaluation import EvaluationTask, load_network, networks_of_run
+from cluster.evaluation import EvaluationTask, load_network, networks_of
 from cluster.loader import load_samples
 from cluster.shards import ShardReader, read_manifest
 from cluster.storage import StorageConfig, open_storage
@@ -59,16 +59,16 @@ def adapt_batch_norm(
 ) -> None:
     """AdaBN: replace running statistics by the average over an (unlabelled) data set, in place.
 
-    Batches of `batch` images over all workers, so that the result does not depend on their
-    number; images beyond the last whole batch are left out. A collective.
+    Batches of about `batch` images (a multiple of the number of workers) over all workers;
+    images beyond the last whole batch are left out. A collective.
 
     Li et al., Adaptive batch normalization for practical domain adaptation (2018).
     """
     store = open_storage(data_url, storage)
     manifest = read_manifest(store)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    batch = min(batch - batch % world_size, len(manifest) - len(manifest) % world_size)
-    if not batch:
+    batch = max(min(batch, len(manifest)) // world_size, 1) * world_size
+    if len(manifest) < world_size:
         raise ValueError(f"{data_url} has fewer images than there are workers ({world_size})")
     layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [layer.momentum for layer in layers]
@@ -100,8 +100,8 @@ def _evaluate(
     task: EvaluationTask, storage: StorageConfig, device: torch.device
 ) -> dict[str, list[list[int]]]:
     counts = {}
-    for name in networks_of_run(task.run_url, storage):
-        network = load_network(task.run_url, storage, name)
+    for name in networks_of(task.checkpoint):
+        network = load_network(task.run_url, storage, name, task.checkpoint)
         network = network.to(device)
         network.autocast_dtype = autocast_dtype(task.precision)
         set_batch_norm(network, "sync")

@@ -141,7 +141,7 @@ class TrainLoader:
             pairs = [future.result() for _, future in pending]
             self.wait_seconds += time.perf_counter() - begin
             seeds = [draw.seed for draw, _ in pending]
-            yield _collate(step, list(self._slots), seeds, pairs)
+            yield _collate(step, list(self._slots), seeds, pairs, self.source.taxonomy.ignore_index)
 
     def close(self) -> None:
         """Drop what was prepared ahead; returns when no thread is left."""
@@ -260,8 +260,17 @@ def _check(data: DataConfig, source: Manifest, target: Manifest, global_batch: i
 
 
 def _collate(
-    step: int, slots: list[int], seeds: list[int], pairs: list[tuple[Sample, Sample]]
+    step: int,
+    slots: list[int],
+    seeds: list[int],
+    pairs: list[tuple[Sample, Sample]],
+    ignore_index: int,
 ) -> Batch:
+    def labels(samples: tuple[Sample, ...]) -> torch.Tensor:
+        # The method ignores 255, whatever the data set's own value is.
+        planes = torch.stack([sample.label for sample in samples]).long()[:, None]
+        return planes.masked_fill_(planes == ignore_index, 255)
+
     sources, targets = zip(*pairs, strict=True)
     labelled = all(target.label is not None for target in targets)
     return Batch(
@@ -271,9 +280,7 @@ def _collate(
         source_keys=[sample.key for sample in sources],
         target_keys=[sample.key for sample in targets],
         source_image=torch.stack([sample.image for sample in sources]),
-        source_label=torch.stack([sample.label for sample in sources]).long()[:, None],
+        source_label=labels(sources),
         target_image=torch.stack([sample.image for sample in targets]),
-        target_label=(
-            torch.stack([sample.label for sample in targets]).long()[:, None] if labelled else None
-        ),
+        target_label=labels(targets) if labelled else None,
     )

@@ -8,7 +8,7 @@ these sets partition the slots, and the union over ranks is the same set of draw
 step t needs the integer t and nothing else.
 
 Only raw Philox words are used (numpy guarantees them, unlike the streams of Generator methods),
-so a run that resumes with another numpy sees the same data.
+so a run that resumes with another numpy sees the same samples.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class RunLog:
         self._folder = tempfile.TemporaryDirectory(prefix="telemetry-")
         self._lines: list[str] = []
         if storage.exists(METRICS):
-            lines = bytes(storage.get(METRICS)).decode().splitlines()
+            lines = storage.get(METRICS).decode().splitlines()
             # Steps after the checkpoint are taken again: their old lines go.
             self._lines = [line for line in lines if json.loads(line)["step"] < start_step]
         self._writer = SummaryWriter(self._folder.name, purge_step=start_step)
@@ -120,14 +120,18 @@ class ProgressDisplay:
 
 
 class PlainProgress(tqdm):
-    """tqdm for logs: one complete line every ten seconds and at the end, no carriage returns."""
+    """tqdm for logs: a complete line every ten seconds and at the end, no carriage returns."""
+
+    monitor_interval = 0  # tqdm's monitor thread would repeat lines of a slow step
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("mininterval", 10)
+        self._shown = -1
         super().__init__(file=sys.stderr, ascii=True, ncols=0, dynamic_ncols=False, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if self.n > self.initial or self.n == self.total:
+        if self.n > self.initial and self.n != self._shown:
+            self._shown = self.n
             print(self.__str__() if msg is None else msg, file=self.fp, flush=True)
 
     def close(self) -> None:

@@ -4,13 +4,15 @@ import json
 import os
 import time
 from dataclasses import asdict, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ray
 import ray.train
+from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from cluster.checkpoint_format import list_checkpoints
 from cluster.config import TrainConfig
 from cluster.loader import check_data
 from cluster.shards import read_manifest
@@ -38,8 +40,11 @@ def connect_ray() -> None:
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(**options)
+        except ConnectionError:
+            raise ValueError(f"no Ray cluster answers at RAY_ADDRESS {address}") from None
     else:
         # Ray counts the container's cores itself; the dashboard costs seconds and memory.
         ray.init("local", include_dashboard=False, **options)
@@ -54,7 +59,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     run = open_storage(config.run, config.storage)
     run.check()
     _check_config(run, config)
-    check_model(config.model)
+    check_model(config.model, (config.data.crop_height, config.data.crop_width))
     connect_ray()
     cpus = place(config.workers, config.cpus_per_worker, config.placement_timeout)
     run.put(CONFIG, json.dumps(asdict(config), indent=1).encode())
@@ -101,7 +106,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
             f"model.num_classes is {config.model.num_classes} but {data.source} has {found} "
             "classes: set it to 0 to take the data's"
         )
-    return replace(config, model=replace(config.model, num_classes=found))
+    weights = config.model.encoder_weights
+    if weights not in (None, "imagenet"):
+        weights = str(Path(weights).absolute())  # Ray's workers run in a folder of their own
+    model = replace(config.model, num_classes=found, encoder_weights=weights)
+    return replace(config, model=model)
 
 
 def run_url(run: str, runs: str) -> str:
@@ -113,13 +122,19 @@ def load_config(run: Storage) -> dict[str, Any]:
     """The resolved configuration a run was started with."""
     if not run.exists(CONFIG):
         raise StorageError(f"no run at {run.url}: give the name or URL of one that was trained")
-    return json.loads(bytes(run.get(CONFIG)))
+    return json.loads(run.get(CONFIG))
 
 
 def _check_config(run: Storage, config: TrainConfig) -> None:
     """Refuse to continue a run with a configuration that contradicts its own."""
     if not run.exists(CONFIG):
         return
+    done = list_checkpoints(run)
+    if done and done[-1].world_size != config.workers:
+        raise ValueError(
+            f"run {run.url} has a checkpoint of {done[-1].world_size} workers, now workers is "
+            f"{config.workers}: continue with the same number or give another --run"
+        )
     wanted = json.loads(json.dumps(asdict(config)))
     for key, (old, new) in _differences(load_config(run), wanted).items():
         raise ValueError(
@@ -145,6 +160,9 @@ def place(workers: int, cpus: int = 0, timeout: float = 0) -> int:
     grows, then raises ValueError that says what was asked and what is there.
     """
     deadline = time.monotonic() + timeout
+    if timeout:  # an autoscaler grows for what is asked for, not for who waits
+        bundle = {"CPU": cpus or 1, **({"GPU": 1} if use_gpu() else {})}
+        request_resources(bundles=[bundle] * workers)
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = use_gpu()
@@ -217,11 +235,12 @@ def launch(
         failures = getattr(error, "worker_failures", {})
         if not failures:
             raise RuntimeError(str(error)) from error
-        cause = next(iter(failures.values()))
-        cause = getattr(cause, "_base_exc", cause)  # Ray wraps what the worker raised
-        if isinstance(cause, (ValueError, FloatingPointError)):
-            raise ValueError(str(cause)) from error
-        raise RuntimeError(str(cause)) from error
+        # Ray wraps what a worker raised; the others fail with it, in their collectives.
+        causes = [getattr(failure, "_base_exc", failure) for failure in failures.values()]
+        for cause in causes:
+            if isinstance(cause, (ValueError, FloatingPointError)):
+                raise ValueError(str(cause)) from error
+        raise RuntimeError(str(causes[0])) from error
 
 
 def _call(payload: dict[str, Any]) -> Any:

@@ -85,8 +85,9 @@ class _Trainer:
         self.log = RunLog(run, self.start) if self.rank == 0 else None
 
     def close(self) -> None:
-        if hasattr(self, "loader"):
-            self.loader.close()
+        self.loader.close()
+        if self.log:
+            self.log.close()
 
     def _restore(self) -> int:
         existing = list_checkpoints(self.run)
@@ -124,8 +125,6 @@ class _Trainer:
                 self._save(done)
             if validate:
                 ray.train.report({"step": done, **validated})
-        if self.log:
-            self.log.close()
         return validated
 
     def _seed(self, step: int) -> None:
@@ -153,13 +152,20 @@ class _Trainer:
         values = torch.stack([self.step.metrics[name].double() for name in names])
         dist.all_reduce(values)
         metrics = dict(zip(names, (values / self.world_size).tolist(), strict=True))
+        if "pseudo_label_right" in metrics:
+            known = metrics.pop("pseudo_label_known")
+            metrics["pseudo_label_accuracy"] = metrics.pop("pseudo_label_right") / max(known, 1e-9)
         metrics["learning_rate"] = learning_rate(step, self.config.optimization)
         rate = timer.steps_per_second(step + 1)
         metrics["images_per_second"] = rate * self.config.optimization.global_batch
         metrics["data_wait_share"] = timer.share(self.loader.wait_seconds)
         if self.log:
             self.log.log(step, metrics)
-            shown = {name: f"{metrics[name]:.3f}" for name in names if "regularizer" not in name}
+            shown = {
+                name: f"{metrics[name]:.3f}"
+                for name in [*names, "pseudo_label_accuracy"]
+                if name in metrics and "regularizer" not in name
+            }
             shown["images/s"] = f"{metrics['images_per_second']:.1f}"
             self.progress.update.remote(step + 1, self.steps, shown)
 

@@ -35,7 +35,3 @@ class ConfusionMatrix:
     def mean_iou(self) -> float:
         """Mean of the classes' IoU, classes without a pixel left out."""
         return self.iou().nanmean().item()
-
-    def accuracy(self) -> float:
-        """Share of labelled pixels that are right; NaN without any."""
-        return (self.counts.diag().sum() / self.counts.sum()).item()

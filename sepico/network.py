@@ -82,11 +82,23 @@ def build_segmentor(config: ModelConfig, *, with_projection: bool = True) -> Seg
     return segmentor
 
 
-def check_model(config: ModelConfig) -> None:
-    """Raise what `build_segmentor` would, before work starts and without a download."""
+@torch.no_grad()
+def check_model(config: ModelConfig, crop: tuple[int, int]) -> None:
+    """Raise what building and training on crops (h, w) would, without a download.
+
+    Raises ValueError for what `build_segmentor` refuses, and for a crop that is no whole multiple
+    of the logits' grid.
+    """
     if config.encoder_weights == "imagenet":
         config = replace(config, encoder_weights=None)
-    build_segmentor(config)
+    logits, _ = build_segmentor(config).eval()(torch.zeros(1, 3, *crop))
+    grid = logits.shape[-2:]
+    stride = crop[1] // grid[1]
+    if crop != (grid[0] * stride, grid[1] * stride):
+        raise ValueError(
+            f"data.crop_height {crop[0]} and data.crop_width {crop[1]} are no multiple of the "
+            f"network's grid {tuple(grid)}: choose multiples of its stride"
+        )
 
 
 def _load_encoder(encoder: nn.Module, path: Path) -> None:

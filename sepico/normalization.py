@@ -39,7 +39,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         x, weight, mean, variance = ctx.saved_tensors
         inverse_std = torch.rsqrt(variance + ctx.eps)
         dx, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            grad, x, weight, mean, variance, mean, inverse_std, False, ctx.eps, [True] * 3
         )
         means = torch.cat([grad_bias, grad_weight]).double()
         dist.all_reduce(means, group=ctx.group)

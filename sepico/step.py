@@ -118,8 +118,9 @@ class AdaptationStep:
         self.metrics["confident_share"] = confident_share
         if target.truth is not None:
             labelled = target.truth != 255
-            right = (target.label == target.truth)[labelled].float().mean()
-            self.metrics["pseudo_label_accuracy"] = right
+            right = (target.label == target.truth) & labelled
+            self.metrics["pseudo_label_right"] = right.float().mean()
+            self.metrics["pseudo_label_known"] = labelled.float().mean()
         self.pictures = {
             "source": batch.source_image,
             "source_label": batch.source_label[:, 0],

@@ -59,5 +59,5 @@ def trust_mask(height: int, width: int, top: int, bottom: int) -> Tensor:
     """
     mask = torch.ones(height, width)
     mask[:top] = 0
-    mask[height - bottom :] = 0
+    mask[max(height - bottom, 0) :] = 0
     return mask

@@ -129,6 +129,9 @@ def test_one_worker_and_two_workers_see_the_same_losses(trained, tmp_path):
     run, options = trained
     job = run_job("jobs.train", {**options, "workers": "1", "runs": str(tmp_path)})
     assert job.returncode == 0, job.stderr
+    again = run_job("jobs.train", {**options, "runs": str(tmp_path)})
+    assert again.returncode != 0
+    assert "has a checkpoint of 1 workers, now workers is 2" in again.stderr
     pairs = zip(losses(metrics(tmp_path / "first")), losses(metrics(run)), strict=True)
     for one, two in pairs:
         assert one == pytest.approx(two, rel=2e-3)
@@ -189,7 +192,8 @@ def test_evaluate_reports_student_and_teacher_with_and_without_adabn(trained):
         {"run": str(run), "adapt_data": options["data.target"], "workers": "2"},
     )
     assert job.returncode == 0, job.stderr
-    report = json.loads((run / "evaluation/labelled.json").read_text())
+    (written,) = (run / "evaluation").glob("labelled-*.json")
+    report = json.loads(written.read_text())
     assert set(report["rows"]) == {"student", "teacher", "student + AdaBN", "teacher + AdaBN"}
     final = [line for line in metrics(run) if "student_miou" in line][-1]
     assert report["rows"]["student"]["miou"] == pytest.approx(final["student_miou"], abs=0.01)
