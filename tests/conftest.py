@@ -84,7 +84,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     ports = dict(zip(names, _free_ports(len(names)), strict=True))
     command = [
         Path(sysconfig.get_path("scripts")) / "weed", "server", f"-dir={folder}",
-        "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=50", "-master.volumeSizeLimitMB=64",
+        "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=500", "-master.volumeSizeLimitMB=64",
         "-filer", "-s3", f"-s3.config={folder / 's3.json'}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", *(f"-{k}={v}" for k, v in ports.items()),
     ]  # fmt: skip
