@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], str]:
         "rows": {name: row for task_rows in rows for name, row in task_rows.items()},
     }
     # Two data sets may share their last folder's name.
-    digest = xxhash.xxh3_64_hexdigest(f"{data} {config.adapt_data}")[:8]
+    digest = xxhash.xxh3_64_hexdigest(f"{data} {config.adapt_data}".encode())[:8]
     key = f"evaluation/{PurePosixPath(data).name}-{digest}.json"
     run.put(key, json.dumps(report, indent=1).encode())
     return report, f"{run.url}/{key}"
