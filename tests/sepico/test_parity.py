@@ -50,16 +50,23 @@ def test_selected_pixels():
     assert (labels.numpy() == stored["out_mask_0"]).all()
 
 
-@pytest.mark.parametrize("regularized", [0, 1])
-@pytest.mark.parametrize("temperature", ["100", "1", "0.1"])
-@pytest.mark.parametrize(
-    "name", ["loss_a16", "loss_allignore", "loss_a16_oneclass", "loss_a16_norm3"]
-)
+CONTRAST_CASES = [
+    (name, temperature, regularized)
+    for name in ("loss_a16", "loss_allignore", "loss_a16_oneclass", "loss_a16_norm3")
+    for temperature in ("100", "1", "0.1")
+    for regularized in (0, 1)
+    if f"loss_dist_t{temperature}_r{regularized}" in golden(name)
+]
+
+
+def test_every_stored_contrast_case_is_checked():
+    assert len(CONTRAST_CASES) == 22
+
+
+@pytest.mark.parametrize(("name", "temperature", "regularized"), CONTRAST_CASES)
 def test_dist_contrast_and_regularizer(name, temperature, regularized):
     stored = golden(name)
     key = f"dist_t{temperature}_r{regularized}"
-    if f"loss_{key}" not in stored:
-        pytest.skip(f"{name} holds no {key}")
     features = torch.from_numpy(stored["feat"]).requires_grad_()
     rows, labels = losses.select_pixels(
         features, ints(stored["mask"]), num_classes=CLASSES, min_ratio=float(stored["min_ratio"])
