@@ -2,11 +2,11 @@
 
 import copy
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 
 from cluster.config import EngineConfig
 from sepico.config import (
@@ -24,10 +24,10 @@ from sepico.statistics import ClassStatistics
 from sepico.step import AdaptationStep, StepBatch
 from sepico.teacher import Teacher
 
-STEPS, START, BATCH, CLASSES = 7, 2, 4, 5
+STEPS, START, BATCH, CLASSES = 6, 2, 4, 5
 
 
-def method_config(method: str = "distcl") -> MethodConfig:
+def method_config(method: str, start: int) -> MethodConfig:
     """A tiny network, a constant rate (a warm-up would hide errors), no dropout."""
     return MethodConfig(
         method=method,
@@ -40,28 +40,31 @@ def method_config(method: str = "distcl") -> MethodConfig:
             projection_channels=16,
             num_classes=CLASSES,
         ),
-        contrast=ContrastConfig(temperature=0.5, regularizer_weight=0.5, start=START),
+        contrast=ContrastConfig(temperature=0.5, regularizer_weight=0.5, start=start),
         teacher=TeacherConfig(ema_alpha=0.9, threshold=0.3, ignore_top=4, ignore_bottom=0),
         augmentation=AugmentationConfig(),
         optimization=OptimizationConfig(
-            iterations=100, global_batch=BATCH, reference_batch=BATCH, lr=1e-4, warmup=0, power=0
+            iterations=100, global_batch=BATCH, reference_batch=BATCH, lr=3e-5, warmup=0, power=0
         ),
     )
 
 
 def global_batch(step: int, slots: range) -> StepBatch:
-    """The slots of a step, made from the step's number alone."""
+    """The slots of a step, made from the step's number alone: blocks of one colour a class."""
     generator = torch.Generator().manual_seed(step)
-    source = torch.rand(BATCH, 3, 64, 64, generator=generator)
-    label = torch.randint(0, CLASSES, (BATCH, 1, 4, 4), generator=generator)
-    target = torch.rand(BATCH, 3, 72, 80, generator=generator)
+    palette = torch.rand(CLASSES, 3, generator=torch.Generator().manual_seed(99))
+
+    def scene(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        label = torch.randint(0, CLASSES, (BATCH, 1, rows, columns), generator=generator)
+        label = torch.kron(label, torch.ones(24, 24, dtype=torch.int64))
+        image = palette[label[:, 0]].permute(0, 3, 1, 2)
+        return (image + 0.2 * torch.randn(image.shape, generator=generator)).clamp(0, 1), label
+
+    source, label = scene(4, 4)
+    label[0, :, :48] = 255  # so that ranks differ in the number of their pixels
+    target, _ = scene(5, 6)
     mine = list(slots)
-    return StepBatch(
-        [100 * step + slot for slot in mine],
-        source[mine],
-        torch.kron(label, torch.ones(16, 16, dtype=torch.int64))[mine],
-        target[mine],
-    )
+    return StepBatch([100 * step + slot for slot in mine], source[mine], label[mine], target[mine])
 
 
 def build(config: MethodConfig) -> tuple[torch.nn.Module, Teacher | None, ClassStatistics | None]:
@@ -73,24 +76,39 @@ def build(config: MethodConfig) -> tuple[torch.nn.Module, Teacher | None, ClassS
 
 
 def result(network_state: dict, teacher: Teacher | None, statistics: ClassStatistics | None):
-    state = {f"student.{name}": value for name, value in network_state.items()}
+    """Tensors by "kind name": weights and buffers apart, since buffers would hide the weights."""
+
+    def kind(name: str) -> str:
+        return "buffer" if "running_" in name or "num_batches" in name else "weight"
+
+    state = {f"student {kind(name)} {name}": value for name, value in network_state.items()}
     if teacher is not None:
-        state |= {f"teacher.{name}": v for name, v in teacher.network.state_dict().items()}
-        state |= {f"statistics.{name}": v for name, v in statistics.state_dict().items()}
+        averaged = teacher.network.state_dict()
+        state |= {f"teacher {kind(name)} {name}": value for name, value in averaged.items()}
+        state |= {f"statistics {name}": v for name, v in statistics.state_dict().items()}
     return {name: value.detach().clone() for name, value in state.items()}
 
 
 def plain_pytorch(method: str) -> tuple[dict, dict]:
-    """Initial state, and the state after STEPS steps of plain PyTorch over the whole batch."""
+    """Initial state, and the final state, of plain PyTorch over the whole batch."""
+    _, gradients = _plain_run(method_config(method, start=0), steps=1)
+    initial, final = _plain_run(method_config(method, START), STEPS)
+    return initial, final | _named("gradient", gradients)
+
+
+def _named(kind: str, tensors: dict) -> dict:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(kind)}
+
+
+def _plain_run(config: MethodConfig, steps: int) -> tuple[dict, dict]:
     from cluster.engine import parameter_groups
 
-    config = method_config(method)
     network, teacher, statistics = build(config)
     initial = result(network.state_dict(), teacher, statistics)
     groups = parameter_groups(network, config.optimization)
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=config.optimization.betas)
+    optimizer = torch.optim.AdamW(groups, lr=3e-5, betas=config.optimization.betas)
     step_terms = AdaptationStep(config, network.normalize, teacher, statistics)
-    for step in range(STEPS):
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.optimization) * group["multiplier"]
         optimizer.zero_grad()
@@ -100,7 +118,8 @@ def plain_pytorch(method: str) -> tuple[dict, dict]:
         if teacher is not None:
             decay = ema_decay(step, config.optimization, config.teacher.ema_alpha)
             teacher.update((p.detach() for p in network.parameters()), decay)
-    return initial, result(network.state_dict(), teacher, statistics)
+    gradients = {f"gradient {name}": p.grad.clone() for name, p in network.named_parameters()}
+    return initial, result(network.state_dict(), teacher, statistics) | gradients
 
 
 def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str]]) -> None:
@@ -118,28 +137,43 @@ def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str
     adopt_process_group()
     group = dist.new_group()
     for stage, method in cases:
-        state = _train(stage, method_config(method), rank, world_size, group)
+        gradients = _train(stage, method_config(method, start=0), 1, group)
+        state = _train(stage, method_config(method, START), STEPS, group)
+        state |= _named("gradient", gradients)
         if rank == 0:
             torch.save(state, Path(folder) / f"{world_size}-{stage}-{method}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _train(stage: int, config: MethodConfig, rank: int, world_size: int, group) -> dict:
+def _train(stage: int, config: MethodConfig, steps: int, group) -> dict:
     from cluster.engine import Engine
 
     network, teacher, statistics = build(config)
     set_batch_norm(network, "sync")
     if teacher is not None:
         set_batch_norm(teacher.network, "sync")
-    optimization = replace(config.optimization)
-    engine = Engine(network, EngineConfig(zero_stage=stage), optimization, projection_start=START)
+    engine = Engine(
+        network,
+        EngineConfig(zero_stage=stage),
+        config.optimization,
+        projection_start=config.contrast.start,
+    )
+    gradients = {}
+    optimizer_step = engine.module.step
+
+    def record_gradients() -> None:
+        for name, parameter in network.named_parameters():
+            gradients[f"gradient {name}"] = safe_get_full_grad(parameter).clone()
+        optimizer_step()
+
+    engine.module.step = record_gradients
     terms = AdaptationStep(config, network.normalize, teacher, statistics, group=group)
-    slots = range(rank, BATCH, world_size)
-    for step in range(STEPS):
+    slots = range(dist.get_rank(), BATCH, dist.get_world_size())
+    for step in range(steps):
         network.train()
         engine.step(terms.terms(engine, global_batch(step, slots), step), step)
         if teacher is not None:
-            decay = ema_decay(step, optimization, config.teacher.ema_alpha)
+            decay = ema_decay(step, config.optimization, config.teacher.ema_alpha)
             teacher.update(engine.full_parameters(), decay)
-    return result(engine.state_dict(), teacher, statistics)
+    return result(engine.state_dict(), teacher, statistics) | gradients
