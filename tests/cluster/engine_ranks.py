@@ -61,7 +61,7 @@ def global_batch(step: int, slots: range) -> StepBatch:
         return (image + 0.2 * torch.randn(image.shape, generator=generator)).clamp(0, 1), label
 
     source, label = scene(4, 4)
-    label[0, :, :48] = 255  # so that ranks differ in the number of their pixels
+    label[1, :, :24] = 255  # so that ranks differ in the number of their pixels
     target, _ = scene(5, 6)
     mine = list(slots)
     return StepBatch([100 * step + slot for slot in mine], source[mine], label[mine], target[mine])
