@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from sepico.statistics import FeatureBank
+
 
 def downscale_labels(
     label_map: Tensor, factor: int, *, num_classes: int, min_ratio: float, ignore_index: int = 255
@@ -68,6 +70,60 @@ def select_pixels(
     return rows[kept], labels[kept]
 
 
+def proto_contrast(
+    features: Tensor,
+    labels: Tensor,
+    mean: Tensor,
+    *,
+    temperature: float,
+    count: Tensor | None = None,
+    class_weight: Tensor | None = None,
+) -> Tensor:
+    """ProtoCL: contrast against class prototypes, -log softmax_k(q.m_k / t)[y].
+
+    Features (N, A), labels (N,), mean (C, A), class_weight (C,) -> scalar, the mean over N (or
+    sum / `count`). Without a pixel it is a zero that still carries a graph.
+    """
+    similarity = features.float() @ mean.T / temperature
+    losses = F.cross_entropy(similarity, labels, class_weight, reduction="none")
+    return _mean(losses, count)
+
+
+def bank_contrast(
+    features: Tensor,
+    labels: Tensor,
+    bank: FeatureBank,
+    *,
+    temperature: float,
+    count: Tensor | None = None,
+) -> Tensor:
+    """BankCL: contrast of a pixel q of class y against every row b of the bank of its class.
+
+    mean_b -log(e^{q.b / t} / (e^{q.b / t} + sum_{k != y} e^{q.b_k / t})), b_k the mean row of bank
+    k: a negative class counts once, however many rows it holds. A class without rows is no
+    negative, and its pixels have loss 0.
+
+    Features (N, A), labels (N,) -> scalar, the mean over N (or sum / `count`). Without a pixel it
+    is a zero that still carries a graph.
+    """
+    features = features.float()
+    similarity = features @ bank.means().T / temperature
+    own = F.one_hot(labels, bank.num_classes).bool()
+    # Not -inf, whose softmax is NaN where no negative is left.
+    excluded = torch.finfo(similarity.dtype).min
+    negative = similarity.masked_fill(own | ~bank.present, excluded).logsumexp(1)
+    losses = []
+    for c in labels.unique().tolist():
+        pixels = (labels == c).nonzero().squeeze(1)
+        rows = bank.rows(c)
+        if len(rows):
+            positive = features[pixels] @ rows.T / temperature
+            # -log(e^p / (e^p + e^n)) = softplus(n - p), which no temperature overflows.
+            losses.append(F.softplus(negative[pixels, None] - positive).mean(1))
+    total = torch.cat(losses).sum() if losses else features.sum() * 0
+    return total / (max(len(features), 1) if count is None else count.clamp(min=1))
+
+
 def dist_contrast(
     features: Tensor,
     labels: Tensor,
@@ -76,20 +132,26 @@ def dist_contrast(
     *,
     temperature: float,
     count: Tensor | None = None,
+    class_weight: Tensor | None = None,
 ) -> Tensor:
     """DistCL: contrast against class distributions, infinitely many samples in closed form.
 
     For a pixel q of class y, with means m_k and diagonal variances S_k:
     -q.m_y / t + log sum_k exp(q.m_k / t + q^2.S_k / (2 t^2)).
 
-    Features (N, A), labels (N,), mean and variance (C, A) -> scalar, the mean over N (or
-    sum / `count`). Without a pixel it is a zero that still carries a graph.
+    Features (N, A), labels (N,), mean and variance (C, A), class_weight (C,) -> scalar, the mean
+    over N (or sum / `count`). Without a pixel it is a zero that still carries a graph. As in the
+    authors' code, a class weight w_y multiplies the cross entropy of the logits
+    q.m_k / t + q^2.S_k / (2 t^2), to which the positive's variance term is added unweighted.
     """
     features = features.float()
-    similarity = features @ mean.T / temperature
     spread = features.square() @ variance.T / (2 * temperature**2)
-    positive = similarity.gather(1, labels[:, None]).squeeze(1)
-    losses = torch.logsumexp(similarity + spread, 1) - positive
+    logits = features @ mean.T / temperature + spread
+    losses = F.cross_entropy(logits, labels, class_weight, reduction="none")
+    return _mean(losses + spread.gather(1, labels[:, None]).squeeze(1), count)
+
+
+def _mean(losses: Tensor, count: Tensor | None) -> Tensor:
     return losses.sum() / (max(len(losses), 1) if count is None else count.clamp(min=1))
 
 
@@ -118,12 +180,20 @@ def regularizer(
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, weight: Tensor | None = None, ignore_index: int = 255
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = 255,
 ) -> Tensor:
     """Mean over ALL pixels, ignored ones included, as the authors take it.
 
-    Logits (B, C, h, w) are resized bilinearly to the labels (B, 1, H, W); weight (B, H, W).
+    Logits (B, C, h, w) are resized bilinearly to the labels (B, 1, H, W); weight (B, H, W) and
+    class_weight (C,) multiply a pixel's loss and not the denominator.
     """
     logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
-    losses = F.cross_entropy(logits, labels[:, 0], ignore_index=ignore_index, reduction="none")
+    losses = F.cross_entropy(
+        logits, labels[:, 0], class_weight, ignore_index=ignore_index, reduction="none"
+    )
     return (losses if weight is None else losses * weight).mean()

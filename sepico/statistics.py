@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Rows whose float32 sums stay exact to about 1e-6, and whose copies stay in the cache.
+CHUNK = 1024
+
 
 class ClassStatistics:
     """Running count (C,), mean (C, A) and biased diagonal variance (C, A), float64 inside.
@@ -38,39 +41,49 @@ class ClassStatistics:
 
     @torch.no_grad()
     def batch_sums(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Features (N, A), labels (N,) in 0..C-1 -> count, sum, sum of squares: (C (2A + 1),)."""
-        features = features.float()
-        one_hot = torch.nn.functional.one_hot(labels, self.num_classes).double()
-        sums = one_hot.T @ features.double()
-        squares = one_hot.T @ features.double().square()
-        return torch.cat([one_hot.sum(0), sums.flatten(), squares.flatten()])
+        """Features (N, A), labels (N,) in 0..C-1 -> count, sum, sum of squares: (C (2A + 1),).
+
+        Float64; within a chunk of rows the sums are float32, so no wide copy is made.
+        """
+        sums = torch.zeros(self.num_classes, 2 * self.feature_dim + 1, dtype=torch.float64)
+        sums = sums.to(features.device)
+        classes = torch.arange(self.num_classes, device=labels.device)[:, None]
+        for rows, of_rows in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
+            rows = rows.float()
+            one_hot = (of_rows == classes).float()
+            sums[:, 0] += one_hot.sum(1)
+            sums[:, 1 : self.feature_dim + 1] += one_hot @ rows
+            sums[:, self.feature_dim + 1 :] += one_hot @ rows.square()
+        return sums.flatten()
 
     @torch.no_grad()
-    def merge(self, sums: Tensor) -> None:
-        """Fold the sums of a (global) batch into the running values."""
-        c, a = self.num_classes, self.feature_dim
-        count, total, square = sums.split([c, c * a, c * a])
-        divisor = count.clamp(min=1)[:, None]
-        batch_mean = total.view(c, a) / divisor
-        batch_variance = (square.view(c, a) / divisor - batch_mean**2).clamp_(min=0)
+    def merge(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Fold the sums of a (global) batch in; returns its class means (C, A) and counts (C,)."""
+        count, total, square = sums.view(self.num_classes, -1).split(
+            [1, self.feature_dim, self.feature_dim], dim=1
+        )
+        batch_mean = total / count.clamp(min=1)
+        batch_variance = (square / count.clamp(min=1) - batch_mean**2).clamp_(min=0)
+        count = count.squeeze(1)
         share = (count / (count + self.count).clamp(min=1))[:, None]
         shift = (self._mean - batch_mean) ** 2
         self._variance = torch.lerp(self._variance, batch_variance, share)
         self._variance += share * (1 - share) * shift
         self._mean = torch.lerp(self._mean, batch_mean, share)
         self.count = self.count + count
+        return batch_mean.float(), count
 
     def update(
         self, features: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None
-    ) -> None:
-        """Fold features (N, A) with labels (N,) in 0..C-1 of every rank of `group`.
+    ) -> tuple[Tensor, Tensor]:
+        """Fold features (N, A) with labels (N,) in 0..C-1 of every rank of `group`; see `merge`.
 
         Without an initialised process group the batch of this process is all there is.
         """
         sums = self.batch_sums(features, labels)
         if dist.is_initialized():
             dist.all_reduce(sums, group=group)
-        self.merge(sums)
+        return self.merge(sums)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"count": self.count, "mean": self._mean, "variance": self._variance}
@@ -84,3 +97,54 @@ class ClassStatistics:
         self.count = state["count"].to(device)
         self._mean = state["mean"].to(device)
         self._variance = state["variance"].to(device)
+
+
+class FeatureBank:
+    """The latest class means of source batches, per class a queue of at most `length` rows.
+
+    The authors' queues start with a row of zeros, which is a prototype of nothing; these start
+    empty.
+    """
+
+    def __init__(
+        self, num_classes: int, feature_dim: int, length: int, device: torch.device | None = None
+    ) -> None:
+        self.num_classes = num_classes
+        self.length = length
+        self._rows = torch.zeros(num_classes, length, feature_dim, device=device)
+        self._pushed = torch.zeros(num_classes, dtype=torch.int64, device=device)
+
+    @property
+    def present(self) -> Tensor:
+        """(C,) bool: classes that have a row."""
+        return self._pushed > 0
+
+    @torch.no_grad()
+    def update(self, class_means: Tensor, present: Tensor) -> None:
+        """Append a row of class_means (C, A) for every class in present (C,) bool."""
+        classes = present.nonzero().squeeze(1)
+        self._rows[classes, self._pushed[classes] % self.length] = class_means[classes].float()
+        self._pushed[classes] += 1
+
+    def rows(self, c: int) -> Tensor:
+        """(M, A) float32 rows of class c, oldest first; M = 0 before its first update."""
+        pushed = int(self._pushed[c])
+        if pushed <= self.length:
+            return self._rows[c, :pushed]
+        return self._rows[c].roll(-(pushed % self.length), 0)
+
+    def means(self) -> Tensor:
+        """(C, A) float32 mean row of each class; zero for a class without rows."""
+        # Slots that were never written are zero.
+        held = self._pushed.clamp(max=self.length)
+        return self._rows.sum(1) / held.clamp(min=1)[:, None]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"rows": self._rows, "pushed": self._pushed}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state["rows"].shape != self._rows.shape:
+            found, expected = tuple(state["rows"].shape), tuple(self._rows.shape)
+            raise ValueError(f"the feature bank has shape {found}, expected {expected}")
+        self._rows = state["rows"].to(self._rows.device)
+        self._pushed = state["pushed"].to(self._pushed.device)

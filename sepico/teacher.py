@@ -61,3 +61,29 @@ def trust_mask(height: int, width: int, top: int, bottom: int) -> Tensor:
     mask[:top] = 0
     mask[max(height - bottom, 0) :] = 0
     return mask
+
+
+# Cityscapes' road, pavement, building, wall, fence, vegetation, terrain, sky: what stands in a
+# night image where it stands in the day image of the same place.
+STATIC_CLASSES = (0, 1, 2, 3, 4, 8, 9, 10)
+
+
+def fuse_day_night(
+    day_probs: Tensor,
+    night_probs: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    day_ratio: float = 0.8,
+) -> Tensor:
+    """Pseudo-label scores of a night image, helped by a day image of the same place.
+
+    For static classes the day probability counts with `day_ratio` where it exceeds 0.4, else
+    with 1 - day_ratio; other classes are the night's alone. Both inputs (B, C, h, w) with the 19
+    classes of Cityscapes; class_weight (C,) multiplies the result -> (B, C, h, w), no
+    distribution any more.
+    """
+    static = torch.zeros(day_probs.shape[1], 1, 1, dtype=torch.bool, device=day_probs.device)
+    static[list(STATIC_CLASSES)] = True
+    share = torch.where(day_probs > 0.4, day_ratio, 1 - day_ratio) * static
+    fused = torch.lerp(night_probs, day_probs, share)
+    return fused if class_weight is None else fused * class_weight.view(-1, 1, 1)

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-from sepico import augment, losses
+from sepico import augment, losses, teacher
 from sepico.config import OptimizationConfig
 from sepico.metrics import ConfusionMatrix
 from sepico.schedule import ema_decay, learning_rate
-from sepico.statistics import ClassStatistics
+from sepico.statistics import ClassStatistics, FeatureBank
 
 DATA = Path(__file__).parent.parent / "data"
 CLASSES = 19
@@ -50,31 +51,63 @@ def test_selected_pixels():
     assert (labels.numpy() == stored["out_mask_0"]).all()
 
 
+VARIANTS = ("proto", "dist", "bank")
 CONTRAST_CASES = [
-    (name, temperature, regularized)
-    for name in ("loss_a16", "loss_allignore", "loss_a16_oneclass", "loss_a16_norm3")
+    (name, variant, temperature, regularized)
+    for name in sorted(path.stem for path in DATA.glob("loss_*.npz"))
+    for variant in VARIANTS
     for temperature in ("100", "1", "0.1")
     for regularized in (0, 1)
-    if f"loss_dist_t{temperature}_r{regularized}" in golden(name)
+    if f"loss_{variant}_t{temperature}_r{regularized}" in golden(name)
 ]
 
 
 def test_every_stored_contrast_case_is_checked():
-    assert len(CONTRAST_CASES) == 22
+    assert len(CONTRAST_CASES) == 114
 
 
-@pytest.mark.parametrize(("name", "temperature", "regularized"), CONTRAST_CASES)
-def test_dist_contrast_and_regularizer(name, temperature, regularized):
+def stored_bank(stored: dict[str, np.ndarray]) -> FeatureBank:
+    """The authors' bank; a class that holds only their initial zero row keeps it."""
+    counts = stored["bank_counts"]
+    bank = FeatureBank(CLASSES, stored["bank_rows"].shape[1], max(1, int(counts.max())))
+    rows = np.split(stored["bank_rows"], np.cumsum(counts)[:-1])
+    for age in range(bank.length):
+        present = torch.from_numpy(counts > age)
+        means = [of_class[min(age, len(of_class) - 1)] for of_class in rows]
+        bank.update(torch.from_numpy(np.stack(means)), present)
+    return bank
+
+
+def contrast(variant, rows, labels, stored, temperature):
+    options = {"temperature": temperature}
+    mean = torch.from_numpy(stored["mean"])
+    if variant == "bank":
+        return losses.bank_contrast(rows, labels, stored_bank(stored), **options)
+    if "class_weight" in stored:
+        options["class_weight"] = torch.from_numpy(stored["class_weight"])
+    if variant == "proto":
+        return losses.proto_contrast(rows, labels, mean, **options)
+    return losses.dist_contrast(rows, labels, mean, torch.from_numpy(stored["cov"]), **options)
+
+
+def kept_pixels(features: torch.Tensor, stored) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = ints(stored["mask"])
+    if not stored["pool"]:  # nearest: the labels come at the features' size
+        mask = F.interpolate(mask.float(), features.shape[-2:], mode="nearest").long()
+    ratio = float(stored["min_ratio"])
+    return losses.select_pixels(features, mask, num_classes=CLASSES, min_ratio=ratio)
+
+
+@pytest.mark.parametrize(("name", "variant", "temperature", "regularized"), CONTRAST_CASES)
+def test_contrast_and_regularizer(name, variant, temperature, regularized):
     stored = golden(name)
-    key = f"dist_t{temperature}_r{regularized}"
+    key = f"{variant}_t{temperature}_r{regularized}"
     features = torch.from_numpy(stored["feat"]).requires_grad_()
-    rows, labels = losses.select_pixels(
-        features, ints(stored["mask"]), num_classes=CLASSES, min_ratio=float(stored["min_ratio"])
-    )
-    mean, variance = torch.from_numpy(stored["mean"]), torch.from_numpy(stored["cov"])
+    rows, labels = kept_pixels(features, stored)
     t = float(temperature)
-    loss = losses.dist_contrast(rows, labels, mean, variance, temperature=t)
+    loss = contrast(variant, rows, labels, stored, t)
     if regularized:
+        mean = torch.from_numpy(stored["mean"])
         loss = loss + losses.regularizer(rows, mean, temperature=t)
     loss.backward()
     expected, gradient = stored[f"loss64_{key}"], stored[f"grad_{key}"]
@@ -93,6 +126,57 @@ def test_class_statistics(name):
         assert np.abs(statistics.mean.numpy() - stored[f"ave_{k}"]).max() < 1e-5
         assert np.abs(statistics.variance.numpy() - stored[f"cov_{k}"]).max() < 1e-5
         assert (statistics.count.numpy() == stored[f"amount_{k}"]).all()
+
+
+@pytest.mark.parametrize("name", ["estimator_a16", "estimator_a64"])
+def test_feature_bank_holds_the_authors_rows_without_their_zero_row(name):
+    stored = golden(name)
+    statistics = ClassStatistics(CLASSES, stored["feat_0"].shape[1])
+    length = int(max(stored[f"bankcounts_{k}"].max() for k in range(5)))
+    bank = FeatureBank(CLASSES, statistics.feature_dim, length)
+    for k in range(5):
+        features, labels = torch.from_numpy(stored[f"feat_{k}"]), ints(stored[f"label_{k}"])
+        means, counts = statistics.update(features, labels)
+        bank.update(means, counts > 0)
+        of_class = np.split(stored[f"bankrows_{k}"], np.cumsum(stored[f"bankcounts_{k}"])[:-1])
+        for c, rows in enumerate(of_class):
+            pushed = rows[np.abs(rows).sum(1) > 0]
+            assert bank.rows(c)[-len(pushed) :].numpy() == pytest.approx(pushed, abs=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["w1", "wlist"])
+@pytest.mark.parametrize("variant", ["proto", "dist"])
+def test_sum_over_encoder_stages(variant, weights):
+    stored = golden("module_layers")
+    features = [torch.from_numpy(stored[f"feat_{i}"]).requires_grad_() for i in range(4)]
+    total = 0
+    for i, weight in enumerate([1] * 4 if weights == "w1" else [0.1, 0.2, 0.3, 0.4]):
+        rows, labels = losses.select_pixels(features[i], ints(stored["mask"]), num_classes=CLASSES)
+        of_stage = {"mean": stored[f"mean_{i}"], "cov": stored[f"cov_{i}"]}
+        spread = losses.regularizer(rows, torch.from_numpy(of_stage["mean"]), temperature=1.0)
+        total = total + weight * (contrast(variant, rows, labels, of_stage, 1.0) + 0.5 * spread)
+    total.backward()
+    key = f"{variant}_{weights}"
+    assert total.item() == pytest.approx(float(stored[f"loss_{key}"]), rel=2e-5)
+    for i in range(4):
+        gradient = stored[f"grad_{key}_{i}"]
+        assert (
+            np.abs(features[i].grad.numpy() - gradient).max() <= 2e-5 * abs(gradient).max() + 1e-7
+        )
+
+
+@pytest.mark.parametrize("day_ratio", [0.8, 0.6])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_day_night_fusion(weighted, day_ratio):
+    stored = golden("daynight")
+    fused = teacher.fuse_day_night(
+        torch.from_numpy(stored["day"]),
+        torch.from_numpy(stored["night"]),
+        class_weight=torch.from_numpy(stored["class_weight"]) if weighted else None,
+        day_ratio=day_ratio,
+    )
+    expected = stored[f"mix{'w' if weighted else ''}_r{day_ratio}"]
+    assert fused.numpy() == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("case", range(4))
@@ -114,12 +198,14 @@ def test_class_mix_mask():
     assert (mask.numpy() == stored["mask"]).all()
 
 
-@pytest.mark.parametrize("kind", ["plain", "weight"])
+@pytest.mark.parametrize("kind", ["plain", "weight", "class"])
 def test_cross_entropy(kind):
     stored = golden("ce")
     logits = torch.from_numpy(stored["pred"]).requires_grad_()
-    weight = torch.from_numpy(stored["weight"]) if kind == "weight" else None
-    loss = losses.cross_entropy(logits, ints(stored["label"])[:, None], weight)
+    weight = torch.from_numpy(stored["weight"]) if kind != "plain" else None
+    class_weight = torch.from_numpy(stored["class_weight"]) if kind == "class" else None
+    labels = ints(stored["label"])[:, None]
+    loss = losses.cross_entropy(logits, labels, weight, class_weight=class_weight)
     loss.backward()
     assert loss.item() == pytest.approx(float(stored[f"loss_{kind}"]), rel=1e-5)
     assert np.abs(logits.grad.numpy() - stored[f"grad_{kind}"]).max() < 1e-7
