@@ -19,7 +19,7 @@ from cluster.checkpoint_format import (
 )
 from cluster.engine import Engine
 from cluster.storage import Storage
-from sepico.statistics import ClassStatistics
+from sepico.contrast import PixelContrast
 from sepico.teacher import Teacher
 
 TAG = "deepspeed"
@@ -30,7 +30,7 @@ def save_checkpoint(
     step: int,
     engine: Engine,
     teacher: Teacher | None,
-    statistics: ClassStatistics | None,
+    contrast: PixelContrast | None,
     keep: int = 2,
 ) -> None:
     """Write the state after `step` steps and drop all but the newest `keep`. A collective."""
@@ -44,7 +44,7 @@ def save_checkpoint(
                 averages = teacher.network.state_dict()
                 averages = {name: value.cpu().contiguous() for name, value in averages.items()}
                 save_file(averages, root / "teacher.safetensors")
-                save_file(statistics.state_dict(), root / "statistics.safetensors")
+                save_file(contrast.state_dict(), root / "statistics.safetensors")
         files = _upload(storage, root, f"{FOLDER}/step-{step:08d}")
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, files)
@@ -78,7 +78,7 @@ def restore_checkpoint(
     checkpoint: Checkpoint,
     engine: Engine,
     teacher: Teacher | None,
-    statistics: ClassStatistics | None,
+    contrast: PixelContrast | None,
 ) -> int:
     """Load a checkpoint into freshly built parts; returns the number of steps done."""
     if (checkpoint.world_size, checkpoint.zero_stage) != (dist.get_world_size(), engine.stage):
@@ -98,5 +98,5 @@ def restore_checkpoint(
         engine.module.load_checkpoint(folder, tag=TAG)
     if teacher is not None:
         teacher.network.load_state_dict(read_weights(storage, checkpoint, "teacher"))
-        statistics.load_state_dict(read_weights(storage, checkpoint, "statistics"))
+        contrast.load_state_dict(read_weights(storage, checkpoint, "statistics"))
     return checkpoint.step

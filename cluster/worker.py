@@ -16,11 +16,11 @@ from cluster.inference import evaluate_network
 from cluster.loader import Batch, TrainLoader
 from cluster.storage import Storage, open_storage
 from cluster.telemetry import RunLog
+from sepico.contrast import PixelContrast
 from sepico.network import Segmentor, build_segmentor
 from sepico.normalization import set_batch_norm
 from sepico.panels import step_panel
 from sepico.schedule import contrast_start_step, ema_decay, learning_rate
-from sepico.statistics import ClassStatistics
 from sepico.step import AdaptationStep, StepBatch
 from sepico.teacher import Teacher
 
@@ -55,11 +55,11 @@ class _Trainer:
         network = build_segmentor(config.model, with_projection=adapts).to(device)
         network.autocast_dtype = autocast_dtype(config.engine.precision)
         self.teacher = Teacher(copy.deepcopy(network)) if adapts else None
-        self.statistics = None
+        self.contrast = None
         if adapts:
             set_batch_norm(self.teacher.network, config.engine.batch_norm)
-            width = config.model.projection_channels
-            self.statistics = ClassStatistics(config.model.num_classes, width, device)
+            # A group of its own keeps the statistics' asynchronous call apart from the rest.
+            self.contrast = PixelContrast(config, device=device, group=dist.new_group())
         set_batch_norm(network, config.engine.batch_norm)
         self.engine = Engine(
             network,
@@ -67,11 +67,7 @@ class _Trainer:
             config.optimization,
             projection_start=contrast_start_step(config.contrast.start, config.optimization),
         )
-        # A group of their own keeps the statistics' asynchronous call apart from the rest.
-        group = dist.new_group()
-        self.step = AdaptationStep(
-            config, network.normalize, self.teacher, self.statistics, group=group
-        )
+        self.step = AdaptationStep(config, network.normalize, self.teacher, self.contrast)
         self.start = self._restore()
         self.loader = TrainLoader(
             config.data,
@@ -93,9 +89,7 @@ class _Trainer:
         existing = list_checkpoints(self.run)
         if not existing:
             return 0
-        return restore_checkpoint(
-            self.run, existing[-1], self.engine, self.teacher, self.statistics
-        )
+        return restore_checkpoint(self.run, existing[-1], self.engine, self.teacher, self.contrast)
 
     def train(self) -> dict[str, float]:
         validated: dict[str, float] = {}
@@ -184,7 +178,7 @@ class _Trainer:
         return metrics
 
     def _save(self, done: int) -> None:
-        save_checkpoint(self.run, done, self.engine, self.teacher, self.statistics)
+        save_checkpoint(self.run, done, self.engine, self.teacher, self.contrast)
         if self.log:
             self.log.sync()
 

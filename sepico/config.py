@@ -8,7 +8,7 @@ uses 2): a run with a larger global batch takes fewer, larger steps over the sam
 from dataclasses import dataclass, field
 from typing import Literal
 
-Method = Literal["distcl", "source_only"]
+Method = Literal["distcl", "bankcl", "protocl", "source_only"]
 
 
 @dataclass
@@ -60,6 +60,9 @@ class ContrastConfig:
             prototypes.
         start: First iteration with contrast; class statistics accumulate from iteration 0.
         min_ratio: Share of a label window its majority class needs to label one feature pixel.
+        bank_length: Class means that BankCL's memory bank holds per class.
+        stage_weights: Weight of each stage's loss where every encoder stage has a projection of
+            its own; empty weighs each with 1.
     """
 
     temperature: float = 100.0
@@ -67,10 +70,14 @@ class ContrastConfig:
     regularizer_weight: float = 1.0
     start: int = 3000
     min_ratio: float = 0.75
+    bank_length: int = 200
+    stage_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(f"contrast.temperature is {self.temperature}: it must be above 0")
+        if self.bank_length < 1:
+            raise ValueError(f"contrast.bank_length is {self.bank_length}: at least 1")
 
 
 @dataclass
@@ -168,3 +175,8 @@ class MethodConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+
+    @property
+    def contrast_stage_weights(self) -> tuple[float, ...]:
+        """Weight of each projection's loss."""
+        return (1.0,)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sepico import augment, losses
 from sepico.config import MethodConfig
+from sepico.contrast import PixelContrast, Projections
 from sepico.schedule import contrast_start_step
-from sepico.statistics import ClassStatistics
 from sepico.teacher import Teacher, trust_mask
 
 Student = Callable[..., tuple[Tensor | None, Tensor | None]]
@@ -50,26 +50,19 @@ class _Labelled:
 
 
 class AdaptationStep:
-    """Computes the loss terms; holds the teacher and the class statistics.
-
-    `group` is a process group of the statistics' own: their asynchronous all-reduce must never
-    interleave with the collectives of sharded parameters or synchronised batch-norm. None means
-    the default group, which is right only while those are absent.
-    """
+    """Computes the loss terms; holds the teacher and what the contrast compares with."""
 
     def __init__(
         self,
         config: MethodConfig,
         normalize: Callable[[Tensor], Tensor],
         teacher: Teacher | None,
-        statistics: ClassStatistics | None,
-        group: dist.ProcessGroup | None = None,
+        contrast: PixelContrast | None,
     ) -> None:
         self.config = config
         self.normalize = normalize
         self.teacher = teacher
-        self.statistics = statistics
-        self.group = group
+        self.contrast = contrast
         self.contrast_start = contrast_start_step(config.contrast.start, config.optimization)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         # Scalars and pictures of the latest step, for telemetry.
@@ -101,15 +94,15 @@ class AdaptationStep:
         logits, projections = student(self.normalize(image), projections=with_contrast)
         loss = losses.cross_entropy(logits, batch.source_label)
         self.metrics["source_ce"] = loss.detach()
-        source_count, target_count, confident_share = finish()
+        source_counts, target_counts, confident_share = finish()
         if with_contrast:
-            loss = loss + self._contrast("source", projections, batch.source_label, source_count)
+            loss = loss + self._contrast("source", projections, batch.source_label, source_counts)
         yield loss
 
         if with_contrast:
             strong = self._strong(target.image, batch.seeds)
             _, projections = student(self.normalize(strong), logits=False)
-            yield self._contrast("target", projections, target.trusted_label, target_count)
+            yield self._contrast("target", projections, target.trusted_label, target_counts)
 
         mixed_image, mixed_label, weight = self._mix(batch, target, confident_share)
         logits, _ = student(self.normalize(mixed_image), projections=False)
@@ -172,66 +165,31 @@ class AdaptationStep:
     ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
         """Launch the step's one fused all-reduce; the returned call awaits and merges it.
 
-        It answers with the global numbers of kept source pixels and kept target pixels, and the
-        global share of confident target pixels.
+        It answers with the global numbers of kept source pixels and kept target pixels of each
+        projection, and the global share of confident target pixels.
         """
         embeddings = self.teacher.embeddings(self.normalize(batch.source_image))
-        features, labels = self._select(embeddings, batch.source_label)
-        factor = batch.source_label.shape[-1] // embeddings.shape[-1]
-        kept = losses.downscale_labels(
-            target.trusted_label,
-            factor,
-            num_classes=self.statistics.num_classes,
-            min_ratio=self.config.contrast.min_ratio,
-        )
-        extra = torch.stack([(kept != 255).sum(), target.confident]).double()
-        sums = torch.cat([self.statistics.batch_sums(features, labels), extra])
+        kept = self.contrast.kept(embeddings, target.trusted_label)
+        extra = torch.cat([kept, target.confident[None]]).double()
+        sums = torch.cat([self.contrast.batch_sums(embeddings, batch.source_label), extra])
         work = None
         if dist.is_initialized():
-            work = dist.all_reduce(sums, group=self.group, async_op=True)
+            work = dist.all_reduce(sums, group=self.contrast.group, async_op=True)
 
         def finish() -> tuple[Tensor, Tensor, Tensor]:
             if work is not None:
                 work.wait()
-            self.statistics.merge(sums[:-2])
-            source_count = sums[: self.statistics.num_classes].sum()
+            source_counts = self.contrast.merge(sums[: -len(extra)])
             share = sums[-1] / (target.label.numel() * self.world_size)
-            return source_count.float(), sums[-2].float(), share.float()
+            return source_counts.float(), sums[-len(extra) : -1].float(), share.float()
 
         return finish
 
-    def _select(self, projections: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return losses.select_pixels(
-            projections,
-            labels,
-            num_classes=self.statistics.num_classes,
-            min_ratio=self.config.contrast.min_ratio,
-        )
-
-    def _contrast(self, domain: str, projections: Tensor, labels: Tensor, count: Tensor) -> Tensor:
-        """Weighted contrast (+ regulariser) of one domain, as this rank's share."""
-        config, statistics = self.config.contrast, self.statistics
-        features, classes = self._select(projections, labels)
-        loss = losses.dist_contrast(
-            features,
-            classes,
-            statistics.mean,
-            statistics.variance,
-            temperature=config.temperature,
-            count=count,
-        )
-        self.metrics[f"{domain}_contrast"] = loss.detach() * self.world_size
-        loss = config.weight * self.world_size * loss
-        if config.regularizer_weight:
-            spread = losses.regularizer(
-                features,
-                statistics.mean,
-                temperature=config.temperature,
-                count=count,
-                group=self.group,
-            )
-            self.metrics[f"{domain}_regularizer"] = spread.detach()
-            loss = loss + config.regularizer_weight * spread
+    def _contrast(
+        self, domain: str, projections: Projections, labels: Tensor, counts: Tensor
+    ) -> Tensor:
+        loss, parts = self.contrast.loss(projections, labels, counts)
+        self.metrics |= {f"{domain}_{name}": value for name, value in parts.items()}
         return loss
 
     def _mix(

@@ -17,10 +17,10 @@ from sepico.config import (
     OptimizationConfig,
     TeacherConfig,
 )
+from sepico.contrast import PixelContrast
 from sepico.network import build_segmentor
 from sepico.normalization import set_batch_norm
 from sepico.schedule import ema_decay, learning_rate
-from sepico.statistics import ClassStatistics
 from sepico.step import AdaptationStep, StepBatch
 from sepico.teacher import Teacher
 
@@ -67,15 +67,17 @@ def global_batch(step: int, slots: range) -> StepBatch:
     return StepBatch([100 * step + slot for slot in mine], source[mine], label[mine], target[mine])
 
 
-def build(config: MethodConfig) -> tuple[torch.nn.Module, Teacher | None, ClassStatistics | None]:
+def build(
+    config: MethodConfig, group: dist.ProcessGroup | None = None
+) -> tuple[torch.nn.Module, Teacher | None, PixelContrast | None]:
     torch.manual_seed(0)
     adapts = config.method != "source_only"
     network = build_segmentor(config.model, with_projection=adapts)
     teacher = Teacher(copy.deepcopy(network)) if adapts else None
-    return network, teacher, ClassStatistics(CLASSES, 16) if adapts else None
+    return network, teacher, PixelContrast(config, group=group) if adapts else None
 
 
-def result(network_state: dict, teacher: Teacher | None, statistics: ClassStatistics | None):
+def result(network_state: dict, teacher: Teacher | None, contrast: PixelContrast | None):
     """Tensors by "kind name": weights and buffers apart, since buffers would hide the weights."""
 
     def kind(name: str) -> str:
@@ -85,7 +87,7 @@ def result(network_state: dict, teacher: Teacher | None, statistics: ClassStatis
     if teacher is not None:
         averaged = teacher.network.state_dict()
         state |= {f"teacher {kind(name)} {name}": value for name, value in averaged.items()}
-        state |= {f"statistics {name}": v for name, v in statistics.state_dict().items()}
+        state |= contrast.state_dict()
     return {name: value.detach().clone() for name, value in state.items()}
 
 
@@ -103,11 +105,11 @@ def _named(kind: str, tensors: dict) -> dict:
 def _plain_run(config: MethodConfig, steps: int) -> tuple[dict, dict]:
     from cluster.engine import parameter_groups
 
-    network, teacher, statistics = build(config)
-    initial = result(network.state_dict(), teacher, statistics)
+    network, teacher, contrast = build(config)
+    initial = result(network.state_dict(), teacher, contrast)
     groups = parameter_groups(network, config.optimization)
     optimizer = torch.optim.AdamW(groups, lr=3e-5, betas=config.optimization.betas)
-    step_terms = AdaptationStep(config, network.normalize, teacher, statistics)
+    step_terms = AdaptationStep(config, network.normalize, teacher, contrast)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.optimization) * group["multiplier"]
@@ -119,7 +121,7 @@ def _plain_run(config: MethodConfig, steps: int) -> tuple[dict, dict]:
             decay = ema_decay(step, config.optimization, config.teacher.ema_alpha)
             teacher.update((p.detach() for p in network.parameters()), decay)
     gradients = {f"gradient {name}": p.grad.clone() for name, p in network.named_parameters()}
-    return initial, result(network.state_dict(), teacher, statistics) | gradients
+    return initial, result(network.state_dict(), teacher, contrast) | gradients
 
 
 def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str]]) -> None:
@@ -149,7 +151,7 @@ def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str
 def _train(stage: int, config: MethodConfig, steps: int, group) -> dict:
     from cluster.engine import Engine
 
-    network, teacher, statistics = build(config)
+    network, teacher, contrast = build(config, group)
     set_batch_norm(network, "sync")
     if teacher is not None:
         set_batch_norm(teacher.network, "sync")
@@ -168,7 +170,7 @@ def _train(stage: int, config: MethodConfig, steps: int, group) -> dict:
         optimizer_step()
 
     engine.module.step = record_gradients
-    terms = AdaptationStep(config, network.normalize, teacher, statistics, group=group)
+    terms = AdaptationStep(config, network.normalize, teacher, contrast)
     slots = range(dist.get_rank(), BATCH, dist.get_world_size())
     for step in range(steps):
         network.train()
@@ -176,4 +178,4 @@ def _train(stage: int, config: MethodConfig, steps: int, group) -> dict:
         if teacher is not None:
             decay = ema_decay(step, config.optimization, config.teacher.ema_alpha)
             teacher.update(engine.full_parameters(), decay)
-    return result(engine.state_dict(), teacher, statistics) | gradients
+    return result(engine.state_dict(), teacher, contrast) | gradients

@@ -6,7 +6,9 @@ import torch.multiprocessing
 
 from tests.cluster.engine_ranks import plain_pytorch, run_rank
 
-CASES = [(stage, "distcl") for stage in (0, 1, 2, 3)] + [(1, "source_only")]
+METHODS = ("distcl", "bankcl", "protocl", "source_only")
+ADAPTING = [(stage, "distcl") for stage in (0, 1, 2, 3)] + [(1, "bankcl"), (1, "protocl")]
+CASES = [*ADAPTING, (1, "source_only")]
 # A constant added before a batch-norm is removed by it: these gradients are round-off, which
 # Adam turns into full steps.
 NO_GRADIENT = "head.embeddings"
@@ -15,7 +17,7 @@ NO_GRADIENT = "head.embeddings"
 @pytest.fixture(scope="module")
 def plain() -> dict[str, tuple[dict, dict]]:
     torch.set_num_threads(1)
-    return {method: plain_pytorch(method) for method in ("distcl", "source_only")}
+    return {method: plain_pytorch(method) for method in METHODS}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1-worker", "2-workers"])
@@ -60,16 +62,20 @@ def test_student_equals_plain_pytorch(kind, stage, method, plain, trained):
     assert _distance(trained[stage, method], expected, initial, kind) < 1e-3
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("stage", "method"), ADAPTING)
 @pytest.mark.parametrize(
-    "kind", ["teacher weight", "teacher buffer", "statistics mean", "statistics variance"]
+    "kind",
+    ["teacher weight", "teacher buffer", "statistics.0.mean", "statistics.0.variance", "bank"],
 )
-def test_teacher_and_statistics_equal_plain_pytorch(kind, stage, plain, trained):
-    initial, expected = plain["distcl"]
-    assert _distance(trained[stage, "distcl"], expected, initial, kind) < 1e-3
+def test_teacher_and_statistics_equal_plain_pytorch(kind, stage, method, plain, trained):
+    initial, expected = plain[method]
+    if kind == "bank" and method != "bankcl":
+        assert not any(name.startswith("bank") for name in trained[stage, method])
+    else:
+        assert _distance(trained[stage, method], expected, initial, kind) < 1e-3
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_class_counts_are_exact(stage, plain, trained):
-    counts = trained[stage, "distcl"]["statistics count"]
-    assert torch.equal(counts, plain["distcl"][1]["statistics count"])
+@pytest.mark.parametrize(("stage", "method"), ADAPTING)
+def test_class_counts_are_exact(stage, method, plain, trained):
+    counts = trained[stage, method]["statistics.0.count"]
+    assert torch.equal(counts, plain[method][1]["statistics.0.count"])
