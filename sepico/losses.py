@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from sepico.statistics import FeatureBank
+from sepico.statistics import CHUNK, FeatureBank
 
 
 def downscale_labels(
@@ -144,11 +144,47 @@ def dist_contrast(
     authors' code, a class weight w_y multiplies the cross entropy of the logits
     q.m_k / t + q^2.S_k / (2 t^2), to which the positive's variance term is added unweighted.
     """
-    features = features.float()
-    spread = features.square() @ variance.T / (2 * temperature**2)
-    logits = features @ mean.T / temperature + spread
-    losses = F.cross_entropy(logits, labels, class_weight, reduction="none")
-    return _mean(losses + spread.gather(1, labels[:, None]).squeeze(1), count)
+    return _mean(
+        _DistContrast.apply(features.float(), labels, mean, variance, temperature, class_weight),
+        count,
+    )
+
+
+class _DistContrast(torch.autograd.Function):
+    """Loss of each pixel (N,). By hand, because autograd would keep q^2 and its gradient, each as
+    large as the features themselves; the gradient needs only the softmax (N, C)."""
+
+    @staticmethod
+    def forward(ctx, features, labels, mean, variance, temperature, class_weight):
+        # Rows of q^2 are made a chunk at a time and stay in the cache.
+        spread = torch.cat([rows.square() @ variance.T for rows in features.split(CHUNK)])
+        spread /= 2 * temperature**2
+        logits = (features @ mean.T).div_(temperature).add_(spread)
+        own = labels[:, None]
+        weight = torch.ones_like(labels, dtype=logits.dtype)
+        if class_weight is not None:
+            weight = class_weight[labels]
+        losses = weight * (logits.logsumexp(1) - logits.gather(1, own).squeeze(1))
+        ctx.save_for_backward(features, labels, mean, variance, logits.softmax(1), weight)
+        ctx.temperature = temperature
+        return losses + spread.gather(1, own).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        features, labels, mean, variance, softmax, weight = ctx.saved_tensors
+        own = labels[:, None]
+        # d CE / d logits; the positive's variance term adds one to it for the variances.
+        of_mean = softmax * (weight * grad)[:, None]
+        of_mean.scatter_add_(1, own, -(weight * grad)[:, None])
+        of_variance = of_mean.scatter_add(1, own, grad[:, None])
+        result = of_mean @ (mean / ctx.temperature)
+        chunks = zip(
+            result.split(CHUNK), features.split(CHUNK), of_variance.split(CHUNK), strict=True
+        )
+        variance = variance / ctx.temperature**2
+        for rows, q, factors in chunks:
+            rows.addcmul_(q, factors @ variance)
+        return result, None, None, None, None, None
 
 
 def _mean(losses: Tensor, count: Tensor | None) -> Tensor:
