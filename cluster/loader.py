@@ -35,6 +35,8 @@ class DataConfig:
     Attributes:
         source: URL of the labelled source shards.
         target: URL of the target shards; their labels, if any, are never trained on.
+        source_images: Size of the source set, for a dry run without its shards.
+        target_images: Size of the target set, for a dry run without its shards.
         crop_height: Height of the source crop and of the class-balanced target crop, pixels.
         crop_width: Width of the source crop and of the class-balanced target crop, pixels.
         crop_max_ratio: Largest share of a source crop that one class may take, 0..1.
@@ -49,6 +51,8 @@ class DataConfig:
 
     source: str = ""
     target: str = ""
+    source_images: int = 0
+    target_images: int = 0
     crop_height: int = 640
     crop_width: int = 640
     crop_max_ratio: float = 0.75

@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 Config = TypeVar("Config")
 USAGE_ERROR, DATA_ERROR, INTERRUPTED = 2, 1, 130
+DRY_RUN = "--dry-run"
 
 
 def run(
@@ -25,14 +26,19 @@ def run(
     config_class: type[Config],
     *,
     check: Callable[[Config], Any] | None = None,
+    dry_run: Callable[[Config], Any] | None = None,
     arguments: list[str] | None = None,
 ) -> None:
     """Parse the command line into `config_class`, `check` it, then call `main` with it.
 
-    `check` looks at the world outside the configuration (folders, stores) before work starts: a
-    ValueError there is a usage error like one in the configuration itself.
+    With `dry_run` there is a flag `--dry-run` that calls it instead of both. `check` looks at the
+    world outside the configuration (folders, stores) before work starts: a ValueError there is a
+    usage error like one in the configuration itself.
     """
-    config = parse(config_class, arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config = parse(config_class, arguments, dry_run=dry_run is not None)
+    if dry_run is not None and DRY_RUN in arguments:
+        main, check = dry_run, None
     try:
         if check is not None:
             check(config)
@@ -46,9 +52,14 @@ def run(
         sys.exit(INTERRUPTED)
 
 
-def parse(config_class: type[Config], arguments: list[str] | None = None) -> Config:
+def parse(
+    config_class: type[Config], arguments: list[str] | None = None, *, dry_run: bool = False
+) -> Config:
     """The configuration that a command line describes; ends the process if it is wrong."""
     parser = _parser(config_class)
+    if dry_run:
+        what = "Build everything, train nothing, print what the run would be."
+        parser.add_argument(DRY_RUN, action="store_true", help=what)
     try:
         namespace = parser.instantiate(parser.parse_args(arguments))
         names = [field.name for field in dataclasses.fields(config_class)]

@@ -1,4 +1,7 @@
-"""Train a network: `python -m jobs.train --config PRESET_OR_FILE [--section.key value ...]`."""
+"""Train a network: `python -m jobs.train --config PRESET_OR_FILE [--section.key value ...]`.
+
+With `--dry-run` it builds everything, trains nothing and prints what the run would be.
+"""
 
 from cluster.config import TrainConfig
 from cluster.training import train
@@ -12,5 +15,12 @@ def main(config: TrainConfig) -> None:
         print(f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}")
 
 
+def dry_run(config: TrainConfig) -> None:
+    """Print parameters, memory, traffic and schedule."""
+    from cluster.dry_run import describe  # imports DeepSpeed, which a driver never needs
+
+    describe(config)
+
+
 if __name__ == "__main__":
-    run(main, TrainConfig)
+    run(main, TrainConfig, dry_run=dry_run)
