@@ -51,12 +51,14 @@ class SeparableASPP(nn.Module):
 class DAFormerHead(nn.Module):
     """Each stage embedded to `channels`, resized to the finest, concatenated and fused."""
 
+    dilations = (1, 6, 12, 18)  # as published
+
     def __init__(
         self,
         in_channels: list[int],
         channels: int,
-        dilations: tuple[int, ...],
         num_classes: int,
+        dilations: tuple[int, ...],
         dropout: float,
     ) -> None:
         super().__init__()
