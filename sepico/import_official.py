@@ -63,7 +63,9 @@ def _is_weight(item: tuple[Any, Any]) -> bool:
 def _student_weights(checkpoint: Any, name: str) -> dict[str, Tensor]:
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(map(_is_weight, state.items())):
-        raise ValueError(f"{name} is no checkpoint of the authors: it has no `state_dict`")
+        raise ValueError(
+            f"{name} is no checkpoint of the authors: it has no `state_dict` of tensors"
+        )
     weights = {key: value for key, value in state.items() if not key.startswith(TEACHER)}
     if not any(key.startswith(f"{STUDENT}backbone.") for key in weights):
         raise ValueError(f"{name} is no checkpoint of the authors: no key starts with 'model.'")
