@@ -8,11 +8,10 @@ two published networks it holds (DeepLab-v2 on ResNet-101-v1c, DAFormer on MiT-B
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
 from sepico.config import ModelConfig
-from sepico.network import Segmentor, build_segmentor
+from sepico.network import Segmentor, build_segmentor, load_weights_file
 
 STUDENT, TEACHER = "model.", "ema_model."
 
@@ -33,7 +32,7 @@ def load_official(path: str | Path) -> Segmentor:
 
 def read_official(file: BinaryIO, name: str) -> Segmentor:
     """`load_official` of an open file; errors call it `name`."""
-    weights = _student_weights(_load(file, name), name)
+    weights = _student_weights(load_weights_file(file, name), name)
     config = _model_config(weights)
     segmentor = build_segmentor(config)
     ours = segmentor.state_dict()
@@ -43,17 +42,6 @@ def read_official(file: BinaryIO, name: str) -> Segmentor:
         {key: weights[theirs].reshape(ours[key].shape) for theirs, key in names.items()}
     )
     return segmentor.eval()
-
-
-def _load(file: BinaryIO, name: str) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler fails in many ways on what is no pickle
-        lines = str(error).splitlines()
-        reason = next((line for line in lines if "Unsupported" in line), type(error).__name__)
-        raise ValueError(
-            f"{name} is no checkpoint that loads safely (weights_only): {reason.strip()[:120]}"
-        ) from None
 
 
 def _is_weight(item: tuple[Any, Any]) -> bool:

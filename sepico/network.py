@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import segmentation_models_pytorch as smp
 import torch
@@ -24,6 +25,7 @@ class Segmentor(nn.Module):
 
     def __init__(self, config: ModelConfig, *, with_projection: bool) -> None:
         super().__init__()
+        self.num_classes = config.num_classes
         weights = config.encoder_weights if config.encoder_weights == "imagenet" else None
         self.encoder = smp.encoders.get_encoder(
             config.encoder, weights=weights, output_stride=config.output_stride
@@ -125,18 +127,33 @@ def check_model(config: ModelConfig, crop: tuple[int, int]) -> None:
             )
 
 
+def load_weights_file(file: Path | BinaryIO, name: str) -> Any:
+    """What a .safetensors file, else a .pth file holds, on the CPU; errors call it `name`.
+
+    Nothing but tensors and plain containers is unpickled. Raises ValueError, in one line.
+    """
+    try:
+        if name.endswith(".safetensors"):
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler fails in many ways on what is no pickle
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if "Unsupported" in line), type(error).__name__)
+        raise ValueError(
+            f"{name} is no weights file that loads safely: {reason.strip()[:120]}"
+        ) from None
+
+
 def _load_encoder(encoder: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"model.encoder_weights: no file {path}; give a path, 'imagenet' or null")
-    if path.suffix == ".safetensors":
-        weights = load_file(path)
-    else:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = load_weights_file(path, str(path))
     target = getattr(encoder, "model", encoder)  # `tu-` encoders wrap the timm model
     try:
-        # Files of whole classifiers hold a head that the encoder does not have.
-        result = target.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
+        # Files of whole classifiers hold a head that the encoder does not have. The encoders' own
+        # `load_state_dict` takes no `strict` (MiT) or returns nothing (ResNet).
+        result = nn.Module.load_state_dict(target, weights, strict=False)
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"model.encoder_weights {path} does not fit: {error}") from None
     if result.missing_keys:
         raise ValueError(

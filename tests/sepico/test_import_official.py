@@ -127,9 +127,9 @@ def write_code(path: Path) -> None:
     ("write", "words"),
     [
         (lambda path: None, "no checkpoint file"),
-        (write_text, "no checkpoint that loads safely"),
-        (write_half, "no checkpoint that loads safely"),
-        (write_code, "no checkpoint that loads safely"),
+        (write_text, "no weights file that loads safely"),
+        (write_half, "no weights file that loads safely"),
+        (write_code, "no weights file that loads safely"),
         (lambda path: torch.save([1, 2], path), "state_dict"),
         (lambda path: torch.save({"state_dict": {"a": 1}}, path), "state_dict"),
         (lambda path: torch.save({"state_dict": {"a": torch.zeros(1)}}, path), "'model.'"),
