@@ -3,32 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepico.heads.daformer import conv_norm_act
-
-
-class StagedConv1x1(nn.Module):
-    """A 1x1 convolution over the concatenation of resized stages, each at its own resolution.
-
-    Bilinear resizing and a 1x1 convolution commute, so every stage is convolved with its slice of
-    the weight before it is resized: the same numbers without the wide full-resolution tensor.
-    """
-
-    def __init__(self, in_channels: list[int], channels: int) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        whole = nn.Conv2d(sum(in_channels), channels, 1, bias=False)
-        self.weight = whole.weight
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        """List of (B, C_i, h_i, w_i) -> (B, C, h_0, w_0)."""
-        size = features[0].shape[-2:]
-        total = None
-        for feature, weight in zip(features, self.weight.split(self.in_channels, 1), strict=True):
-            part = F.conv2d(feature, weight)
-            if part.shape[-2:] != size:
-                part = F.interpolate(part, size, mode="bilinear", align_corners=False)
-            total = part if total is None else total + part
-        return total
+from sepico.heads.layers import StagedConv1x1, conv_norm_act
 
 
 class ProjectionHead(nn.Module):
