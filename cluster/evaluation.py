@@ -1,6 +1,11 @@
-"""Evaluate runs on a labelled set: from a configuration to confusion matrices and a report."""
+"""Evaluate networks on a labelled set: from a configuration to confusion matrices and a report.
 
+The networks are those of a run's checkpoint, or the one in a checkpoint file of the authors.
+"""
+
+import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -10,9 +15,10 @@ import xxhash
 
 from cluster.checkpoint_format import Checkpoint, list_checkpoints, read_weights
 from cluster.shards import read_manifest
-from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage
+from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage, read_url
 from cluster.training import connect_ray, launch, load_config, place, run_url
 from sepico.config import ModelConfig
+from sepico.import_official import read_official
 from sepico.metrics import ConfusionMatrix
 from sepico.network import Segmentor, build_segmentor
 from sepico.taxonomies import Taxonomy
@@ -20,11 +26,12 @@ from sepico.taxonomies import Taxonomy
 
 @dataclass
 class EvaluateConfig:
-    """An evaluation of a run's newest checkpoint.
+    """An evaluation of a run's newest checkpoint, or of a checkpoint file of the authors.
 
     Attributes:
         run: Name (a folder below `runs`) or URL of the run.
-        runs: URL of the folder that holds runs given by name.
+        checkpoint: Path or URL of one of the authors' .pth files, in place of a run.
+        runs: URL of the folder that holds runs given by name, and reports on checkpoint files.
         data: URL of a labelled data set; empty takes the run's validation set.
         adapt_data: URL of images of the target domain; adds rows with batch-norm statistics
             re-estimated on them (AdaBN).
@@ -32,6 +39,7 @@ class EvaluateConfig:
     """
 
     run: str = ""
+    checkpoint: str = ""
     runs: str = "runs"
     data: str = ""
     adapt_data: str = ""
@@ -39,47 +47,60 @@ class EvaluateConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
-        if not self.run:
-            raise ValueError("run is not set: give --run NAME_OR_URL of a trained run")
+        if bool(self.run) == bool(self.checkpoint):
+            raise ValueError(
+                f"run is {self.run!r} and checkpoint is {self.checkpoint!r}: give exactly one, "
+                "--run NAME_OR_URL of a trained run or --checkpoint FILE.pth of the authors"
+            )
+        if self.checkpoint and not self.data:
+            raise ValueError("data is not set: --checkpoint needs --data URL of a labelled set")
 
 
 @dataclass
 class EvaluationTask:
-    """One run's networks on one labelled data set, as trained or after AdaBN."""
+    """The networks of a run or a file on one labelled data set, as trained or after AdaBN."""
 
-    run_url: str
+    url: str  # of the run; of the file where `checkpoint` is None
     num_classes: int
     precision: str
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
     data: str
     adapt_data: str = ""  # URL of the images for AdaBN, empty for "as trained"
 
 
 def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], str]:
-    """Evaluate one run; writes the report to the run folder and returns it and its URL.
+    """Evaluate a run or a checkpoint file; returns the report and the URL it was written to.
 
     The report holds, per row ("student", "teacher", each also "+ AdaBN"), mIoU and the IoU of
-    every class in percent (null where a class is neither there nor predicted).
+    every class in percent (null where a class is neither there nor predicted). It lies in the run
+    folder, or below `runs` for a checkpoint file.
     Raises ValueError, in one line, before any worker starts.
     """
-    run = open_storage(run_url(config.run, config.runs), config.storage)
-    run.check()
-    trained = load_config(run)
-    data = absolute_url(config.data or trained["validation"]["data"] or _missing_data())
-    tasks = tasks_of_run(run.url, data, config.adapt_data, config.storage)
-    rows, taxonomy = evaluate_tasks(tasks, config.storage, config.workers, folder=run.url)
-    report = {
-        "run": run.url,
+    folder = config.runs if config.checkpoint else run_url(config.run, config.runs)
+    store = open_storage(folder, config.storage)
+    store.check()
+    if config.checkpoint:
+        url, data = absolute_url(config.checkpoint), absolute_url(config.data)
+        tasks = tasks_of_file(url, data, config.adapt_data, config.storage)
+        name = f"{PurePosixPath(url).stem}-{PurePosixPath(data).name}"
+        report = {"checkpoint": url}
+    else:
+        validation = load_config(store)["validation"]["data"]
+        url, data = store.url, absolute_url(config.data or validation or _missing_data())
+        tasks = tasks_of_run(url, data, config.adapt_data, config.storage)
+        name = PurePosixPath(data).name
+        report = {"run": url, "step": tasks[0].checkpoint.step}
+    rows, taxonomy = evaluate_tasks(tasks, config.storage, config.workers, folder=store.url)
+    report |= {
         "data": data,
-        "step": tasks[0].checkpoint.step,
         "classes": list(taxonomy.names),
         "rows": {name: row for task_rows in rows for name, row in task_rows.items()},
     }
-    # Two data sets may share their last folder's name.
-    digest = xxhash.xxh3_64_hexdigest(f"{data} {config.adapt_data}".encode())[:8]
-    key = f"evaluation/{PurePosixPath(data).name}-{digest}.json"
-    run.put(key, json.dumps(report, indent=1).encode())
-    return report, f"{run.url}/{key}"
+    # Two data sets, or two files, may share their last part's name.
+    digest = xxhash.xxh3_64_hexdigest(f"{url} {data} {config.adapt_data}".encode())[:8]
+    key = f"evaluation/{name}-{digest}.json"
+    store.put(key, json.dumps(report, indent=1).encode())
+    return report, f"{store.url}/{key}"
 
 
 def tasks_of_run(
@@ -91,7 +112,6 @@ def tasks_of_run(
     done = list_checkpoints(run)
     if not done:
         raise StorageError(f"run {run.url} has no checkpoint yet: let it train to its first")
-    adaptations = [""] + ([absolute_url(adapt_data)] if adapt_data else [])
     return [
         EvaluationTask(
             run.url,
@@ -101,8 +121,37 @@ def tasks_of_run(
             data,
             adaptation,
         )
-        for adaptation in adaptations
+        for adaptation in _adaptations(adapt_data)
     ]
+
+
+def tasks_of_file(
+    url: str, data: str, adapt_data: str, storage: StorageConfig
+) -> list[EvaluationTask]:
+    """Tasks of a checkpoint file of the authors: as trained and, with `adapt_data`, after AdaBN."""
+    num_classes = load_file_network(url, storage).num_classes
+    return [
+        EvaluationTask(url, num_classes, "fp32", None, data, adaptation)
+        for adaptation in _adaptations(adapt_data)
+    ]
+
+
+def _adaptations(adapt_data: str) -> list[str]:
+    return [""] + ([absolute_url(adapt_data)] if adapt_data else [])
+
+
+def task_networks(task: EvaluationTask, storage: StorageConfig) -> Iterator[tuple[str, Segmentor]]:
+    """Name and network, one after the other; a file of the authors holds a student."""
+    if task.checkpoint is None:
+        yield "student", load_file_network(task.url, storage)
+        return
+    for name in networks_of(task.checkpoint):
+        yield name, load_network(task.url, storage, name, task.checkpoint)
+
+
+def load_file_network(url: str, storage: StorageConfig) -> Segmentor:
+    """The network in a checkpoint file of the authors, from any storage."""
+    return read_official(io.BytesIO(read_url(url, storage)), url)
 
 
 def networks_of(checkpoint: Checkpoint) -> list[str]:
@@ -139,7 +188,7 @@ def evaluate_tasks(
     for task in tasks:
         if task.num_classes != manifest.taxonomy.num_classes:
             raise ValueError(
-                f"{task.run_url} was trained on {task.num_classes} classes, {store.url} has "
+                f"{task.url} was trained on {task.num_classes} classes, {store.url} has "
                 f"{manifest.taxonomy.num_classes}"
             )
     connect_ray()

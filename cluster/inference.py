@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cluster.engine import autocast_dtype, set_up_process
-from cluster.evaluation import EvaluationTask, load_network, networks_of
+from cluster.evaluation import EvaluationTask, task_networks
 from cluster.loader import load_samples
 from cluster.shards import ShardReader, read_manifest
 from cluster.storage import StorageConfig, open_storage
@@ -100,9 +100,8 @@ def _evaluate(
     task: EvaluationTask, storage: StorageConfig, device: torch.device
 ) -> dict[str, list[list[int]]]:
     counts = {}
-    for name in networks_of(task.checkpoint):
-        network = load_network(task.run_url, storage, name, task.checkpoint)
-        network = network.to(device)
+    for name, network in task_networks(task, storage):
+        network.to(device)
         network.autocast_dtype = autocast_dtype(task.precision)
         set_batch_norm(network, "sync")
         if task.adapt_data:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 import boto3
@@ -165,6 +165,13 @@ def open_storage(url: str, config: StorageConfig) -> Storage:
     Raises StorageError for a URL it cannot read.
     """
     return Storage(url, config)
+
+
+def read_url(url: str, config: StorageConfig) -> bytes:
+    """The one object at a URL or local path. Raises StorageError as `Storage.get` does."""
+    url = absolute_url(url)
+    key = PurePosixPath(_split(url)[2]).name
+    return open_storage(url.rpartition("/")[0], config).get(key)
 
 
 def absolute_url(url: str) -> str:

@@ -1,4 +1,8 @@
-"""IoU of a run on a labelled set: `python -m jobs.evaluate --run RUN [--data URL]`."""
+"""IoU on a labelled set, of a run or of a checkpoint file of the authors.
+
+python -m jobs.evaluate --run RUN [--data URL]
+python -m jobs.evaluate --checkpoint FILE.pth --data URL
+"""
 
 from typing import Any
 
@@ -29,7 +33,8 @@ def main(config: EvaluateConfig) -> None:
     """Print the table and say where its JSON lies."""
     report, url = evaluate(config)
     print(table(report))
-    print(f"step {report['step']} of {report['run']} on {report['data']}; written to {url}")
+    what = report.get("checkpoint") or f"step {report['step']} of {report['run']}"
+    print(f"{what} on {report['data']}; written to {url}")
 
 
 if __name__ == "__main__":

@@ -16,15 +16,24 @@ class ModelConfig:
     """The segmentor.
 
     Attributes:
-        encoder: Encoder name of segmentation-models-pytorch, e.g. "mit_b5", "tu-resnet101".
+        encoder: Encoder name of segmentation-models-pytorch, e.g. "mit_b5", "tu-resnet101c".
         encoder_weights: "imagenet" (downloads), a path to a .safetensors or .pth file in the
             encoder's own key order, or null for random initialisation.
-        head_channels: Width of the decode head.
-        head_dilations: Dilations of the head's separable ASPP; 1 is a plain 1x1 convolution.
-        dropout: Dropout before the classifier.
+        output_stride: Stride of the encoder's last stage; 16 and 8 replace strides by dilation,
+            where the encoder can.
+        head: Decode head: "daformer" fuses all four stages on the grid of the first, "deeplabv2"
+            reads the last stage only.
+        head_channels: Width of the DAFormer head.
+        head_dilations: Dilations of the head's ASPP, empty for the published ones (daformer
+            1, 6, 12, 18, where 1 is a plain 1x1 convolution; deeplabv2 6, 12, 18, 24).
+        dropout: Dropout before the DAFormer head's classifier.
         projection_channels: Width A of the projection head.
-        projection_stages: Encoder stages (0 = stride 4 ... 3 = stride 32) that feed the
-            projection head, resized to the first of them and concatenated.
+        projection_stages: Encoder stages (0 = stride 4 ... 3 = the last) that feed the projection
+            head.
+        projection_mode: "concat" resizes these stages to the first of them, concatenates and
+            projects them together; "per_layer" gives each a projection of its own.
+        projection_output: "relu" ends in batch-norm and ReLU, as the authors' head: embeddings
+            have no negative entry; "linear" adds a convolution, so that they have any sign.
         pixel_mean: Per-channel RGB mean on the 0..255 scale.
         pixel_std: Per-channel RGB standard deviation on the 0..255 scale.
         num_classes: Number of classes; 0 takes it from the source data set.
@@ -32,11 +41,15 @@ class ModelConfig:
 
     encoder: str = "mit_b5"
     encoder_weights: str | None = "imagenet"
+    output_stride: Literal[8, 16, 32] = 32
+    head: Literal["daformer", "deeplabv2"] = "daformer"
     head_channels: int = 256
-    head_dilations: tuple[int, ...] = (1, 6, 12, 18)
+    head_dilations: tuple[int, ...] = ()
     dropout: float = 0.1
     projection_channels: int = 512
     projection_stages: tuple[int, ...] = (0, 1, 2, 3)
+    projection_mode: Literal["concat", "per_layer"] = "concat"
+    projection_output: Literal["relu", "linear"] = "relu"
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     num_classes: int = 0

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import segmentation_models_pytorch as smp
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from sepico.config import ModelConfig
 from sepico.heads.daformer import DAFormerHead
-from sepico.heads.projection import ProjectionHead
+from sepico.heads.deeplab import DeepLabV2Head
+from sepico.heads.projection import PerLayerProjection, ProjectionHead
 
 
 class Segmentor(nn.Module):
@@ -23,20 +25,22 @@ class Segmentor(nn.Module):
 
     def __init__(self, config: ModelConfig, *, with_projection: bool) -> None:
         super().__init__()
+        self.num_classes = config.num_classes
         weights = config.encoder_weights if config.encoder_weights == "imagenet" else None
-        self.encoder = smp.encoders.get_encoder(config.encoder, weights=weights)
+        self.encoder = smp.encoders.get_encoder(
+            config.encoder, weights=weights, output_stride=config.output_stride
+        )
         widths = self.encoder.out_channels[-4:]
-        self.head = DAFormerHead(
-            widths, config.head_channels, config.head_dilations, config.num_classes, config.dropout
-        )
+        self.head = _decode_head(config, widths)
         self.projection_stages = config.projection_stages
-        self.projection = (
-            ProjectionHead(
-                [widths[i] for i in config.projection_stages], config.projection_channels
+        self.projection = None
+        if with_projection:
+            kind = {"concat": ProjectionHead, "per_layer": PerLayerProjection}
+            self.projection = kind[config.projection_mode](
+                [widths[i] for i in config.projection_stages],
+                config.projection_channels,
+                linear_output=config.projection_output == "linear",
             )
-            if with_projection
-            else None
-        )
         self.register_buffer("mean", torch.tensor(config.pixel_mean).view(1, 3, 1, 1), False)
         self.register_buffer("std", torch.tensor(config.pixel_std).view(1, 3, 1, 1), False)
         self.autocast_dtype: torch.dtype | None = None
@@ -47,11 +51,13 @@ class Segmentor(nn.Module):
 
     def forward(
         self, images: Tensor, *, logits: bool = True, projections: bool = True
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | list[Tensor] | None]:
         """Normalised images (B, 3, H, W) float32 -> logits (B, C, h, w), embeddings (B, A, h, w).
 
-        Both are float32 on the grid of the encoder's stride-4 stage. A part that is not asked
-        for (or a projection head that was not built) is None and costs nothing.
+        Both are float32. Logits lie on the grid of the encoder's stride-4 stage (DAFormer) or its
+        last one (DeepLab-v2), embeddings on that of the first projection stage; in per-layer mode
+        they are a list, one per stage on its own grid. A part that is not asked for (or a
+        projection head that was not built) is None and costs nothing.
         """
         autocast = torch.autocast(
             images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
@@ -65,18 +71,30 @@ class Segmentor(nn.Module):
         return scores, embeddings
 
 
+def _decode_head(config: ModelConfig, widths: list[int]) -> nn.Module:
+    if config.head == "deeplabv2":
+        dilations = config.head_dilations or DeepLabV2Head.dilations
+        return DeepLabV2Head(widths[-1], config.num_classes, dilations)
+    dilations = config.head_dilations or DAFormerHead.dilations
+    return DAFormerHead(widths, config.head_channels, config.num_classes, dilations, config.dropout)
+
+
 def build_segmentor(config: ModelConfig, *, with_projection: bool = True) -> Segmentor:
     """Build the network and load the encoder's weights.
 
-    Raises ValueError when the encoder is unknown, or its weights file is missing or lacks keys.
+    Raises ValueError when the encoder is unknown or has no such output stride, or its weights
+    file is missing or lacks keys.
     """
     if config.num_classes < 1:
         raise ValueError("model.num_classes is not set: give it, or train from a labelled set")
     try:
         segmentor = Segmentor(config, with_projection=with_projection)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error)[:100]  # the rest lists every encoder there is
-        raise ValueError(f"model.encoder {config.encoder!r} cannot be built: {reason}...") from None
+        raise ValueError(
+            f"model.encoder {config.encoder!r} cannot be built with model.output_stride "
+            f"{config.output_stride}: {reason}..."
+        ) from None
     if config.encoder_weights not in (None, "imagenet"):
         _load_encoder(segmentor.encoder, Path(config.encoder_weights))
     return segmentor
@@ -86,33 +104,56 @@ def build_segmentor(config: ModelConfig, *, with_projection: bool = True) -> Seg
 def check_model(config: ModelConfig, crop: tuple[int, int]) -> None:
     """Raise what building and training on crops (h, w) would, without a download.
 
-    Raises ValueError for what `build_segmentor` refuses, and for a crop that is no whole multiple
-    of the logits' grid.
+    Raises ValueError for what `build_segmentor` refuses, for an encoder that takes no images of
+    this size, and for a crop that is no whole multiple of the grid of logits or embeddings.
     """
     if config.encoder_weights == "imagenet":
         config = replace(config, encoder_weights=None)
-    logits, _ = build_segmentor(config).eval()(torch.zeros(1, 3, *crop))
-    grid = logits.shape[-2:]
-    stride = crop[1] // grid[1]
-    if crop != (grid[0] * stride, grid[1] * stride):
+    segmentor = build_segmentor(config).eval()
+    try:
+        logits, embeddings = segmentor(torch.zeros(1, 3, *crop))
+    except (AssertionError, RuntimeError) as error:
         raise ValueError(
-            f"data.crop_height {crop[0]} and data.crop_width {crop[1]} are no multiple of the "
-            f"network's grid {tuple(grid)}: choose multiples of its stride"
-        )
+            f"model.encoder {config.encoder!r} takes no crops of data.crop_height {crop[0]} and "
+            f"data.crop_width {crop[1]}: {error}"
+        ) from None
+    for output in (logits, *(embeddings if isinstance(embeddings, list) else [embeddings])):
+        grid = output.shape[-2:]
+        stride = crop[1] // grid[1]
+        if crop != (grid[0] * stride, grid[1] * stride):
+            raise ValueError(
+                f"data.crop_height {crop[0]} and data.crop_width {crop[1]} are no multiple of the "
+                f"network's grid {tuple(grid)}: choose multiples of its stride"
+            )
+
+
+def load_weights_file(file: Path | BinaryIO, name: str) -> Any:
+    """What a .safetensors file, else a .pth file holds, on the CPU; errors call it `name`.
+
+    Nothing but tensors and plain containers is unpickled. Raises ValueError, in one line.
+    """
+    try:
+        if name.endswith(".safetensors"):
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler fails in many ways on what is no pickle
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if "Unsupported" in line), type(error).__name__)
+        raise ValueError(
+            f"{name} is no weights file that loads safely: {reason.strip()[:120]}"
+        ) from None
 
 
 def _load_encoder(encoder: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"model.encoder_weights: no file {path}; give a path, 'imagenet' or null")
-    if path.suffix == ".safetensors":
-        weights = load_file(path)
-    else:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = load_weights_file(path, str(path))
     target = getattr(encoder, "model", encoder)  # `tu-` encoders wrap the timm model
     try:
-        # Files of whole classifiers hold a head that the encoder does not have.
-        result = target.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
+        # Files of whole classifiers hold a head that the encoder does not have. The encoders' own
+        # `load_state_dict` takes no `strict` (MiT) or returns nothing (ResNet).
+        result = nn.Module.load_state_dict(target, weights, strict=False)
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"model.encoder_weights {path} does not fit: {error}") from None
     if result.missing_keys:
         raise ValueError(

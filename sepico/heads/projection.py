@@ -3,50 +3,45 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepico.heads.daformer import conv_norm_act
-
-
-class StagedConv1x1(nn.Module):
-    """A 1x1 convolution over the concatenation of resized stages, each at its own resolution.
-
-    Bilinear resizing and a 1x1 convolution commute, so every stage is convolved with its slice of
-    the weight before it is resized: the same numbers without the wide full-resolution tensor.
-    """
-
-    def __init__(self, in_channels: list[int], channels: int) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        whole = nn.Conv2d(sum(in_channels), channels, 1, bias=False)
-        self.weight = whole.weight
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        """List of (B, C_i, h_i, w_i) -> (B, C, h_0, w_0)."""
-        size = features[0].shape[-2:]
-        total = None
-        for feature, weight in zip(features, self.weight.split(self.in_channels, 1), strict=True):
-            part = F.conv2d(feature, weight)
-            if part.shape[-2:] != size:
-                part = F.interpolate(part, size, mode="bilinear", align_corners=False)
-            total = part if total is None else total + part
-        return total
+from sepico.heads.layers import StagedConv1x1, conv_norm_act
 
 
 class ProjectionHead(nn.Module):
-    """Two 1x1 convolutions with batch-norm and ReLU, a linear 1x1 convolution, L2 norm.
+    """Two 1x1 convolutions with batch-norm and ReLU, L2 norm.
 
-    Several input stages are resized to the first one's grid and concatenated.
+    Several input stages are resized to the first one's grid and concatenated; the hidden width is
+    their mean width, as the authors choose it. With `linear_output` the hidden width is that of
+    the embeddings and a third convolution follows, so that embeddings may have any sign.
     """
 
-    def __init__(self, in_channels: list[int], channels: int) -> None:
+    def __init__(
+        self, in_channels: list[int], channels: int, *, linear_output: bool = False
+    ) -> None:
         super().__init__()
-        self.reduce = StagedConv1x1(in_channels, channels)
+        hidden = channels if linear_output else sum(in_channels) // len(in_channels)
+        self.reduce = StagedConv1x1(in_channels, hidden)
         self.layers = nn.Sequential(
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-            conv_norm_act(channels, channels),
-            nn.Conv2d(channels, channels, 1),
+            nn.BatchNorm2d(hidden), nn.ReLU(inplace=True), conv_norm_act(hidden, channels)
         )
+        if linear_output:
+            self.layers.append(nn.Conv2d(channels, channels, 1))
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """List of (B, C_i, h_i, w_i) -> (B, A, h_0, w_0) float32 with unit norm along A."""
         return F.normalize(self.layers(self.reduce(features)).float(), dim=1)
+
+
+class PerLayerProjection(nn.Module):
+    """A projection head of its own for every stage, on that stage's grid."""
+
+    def __init__(
+        self, in_channels: list[int], channels: int, *, linear_output: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            ProjectionHead([width], channels, linear_output=linear_output) for width in in_channels
+        )
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """List of (B, C_i, h_i, w_i) -> list of (B, A, h_i, w_i) float32, unit norm along A."""
+        return [head([feature]) for head, feature in zip(self.heads, features, strict=True)]

@@ -1,0 +1,75 @@
+"""`python -m jobs.evaluate --checkpoint FILE.pth`: the authors' weights on our data."""
+
+import json
+
+import pytest
+
+from cluster.evaluation import EvaluateConfig, evaluate
+from tests.conftest import NUM_CLASSES
+from tests.jobs.test_train import data, joined, run_job
+from tests.sepico.test_import_official import LAST_BIAS, saved, state, stored
+
+__all__ = ["data", "joined", "state", "stored"]  # fixtures
+
+
+@pytest.fixture
+def checkpoint(state, tmp_path):
+    """A file of the DeepLab-v2 network, all zeros, with as many classes as the test data."""
+    return saved(
+        tmp_path,
+        {
+            key: value[:NUM_CLASSES] if ".aspp_modules." in key else value
+            for key, value in state.items()
+        },
+    )
+
+
+def test_a_file_of_the_authors_is_evaluated_by_two_workers(checkpoint, data, joined, tmp_path):
+    options = {
+        "checkpoint": str(checkpoint),
+        "data": data["data.source"],
+        "runs": str(tmp_path / "runs"),
+        "workers": "2",
+    }
+    job = run_job("jobs.evaluate", options)
+    assert job.returncode == 0, job.stderr
+    (written,) = (tmp_path / "runs/evaluation").glob("official-labelled-*.json")
+    report = json.loads(written.read_text())
+    # Equal logits everywhere: the first class wins every pixel.
+    ious = list(report["rows"]["student"]["iou"].values())
+    assert ious[0] > 0
+    assert ious[1:] == [0] * (NUM_CLASSES - 1)
+    assert str(checkpoint) in job.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["--run", "--checkpoint", "exactly one"]),
+        ({"run": "a", "checkpoint": "b.pth"}, ["--run", "--checkpoint", "exactly one"]),
+        ({"checkpoint": "b.pth"}, ["--data"]),
+        ({"checkpoint": "nowhere/b.pth", "data": "shards"}, ["nowhere/b.pth"]),
+    ],
+    ids=["neither", "both", "no-data", "no-file"],
+)
+def test_evaluation_refuses(options, words, tmp_path):
+    assert_refused({**options, "runs": str(tmp_path)}, words)
+
+
+def test_a_file_that_does_not_fit_is_refused_before_work_starts(state, data, tmp_path):
+    path = saved(tmp_path, {key: value for key, value in state.items() if key != LAST_BIAS})
+    options = {"checkpoint": str(path), "data": data["data.source"], "runs": str(tmp_path)}
+    assert_refused(options, [path.name, "missing", LAST_BIAS])
+
+
+def test_another_number_of_classes_is_refused_before_work_starts(state, data, tmp_path):
+    path = saved(tmp_path, state)
+    options = {"checkpoint": str(path), "data": data["data.source"], "runs": str(tmp_path)}
+    assert_refused(options, [path.name, "19 classes", f"has {NUM_CLASSES}"])
+
+
+def assert_refused(options: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=words[0]) as refused:
+        evaluate(EvaluateConfig(**options))
+    assert "\n" not in str(refused.value)
+    assert all(word in str(refused.value) for word in words), refused.value
