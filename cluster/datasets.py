@@ -70,23 +70,24 @@ def find_sources(
         raise ValueError(f"split {split} has no public labels: store none with --labels false")
     images = _images(root, dataset, split)
     keys = sorted(images) if list_file is None else _listed(root, list_file, images)
-    label_of = dict.fromkeys(keys)
+    images = {key: images[key] for key in keys}
+    label_of: dict[str, Path] = {}
     if labels:
-        label_of = {key: dataset.label_of(root, images[key]) for key in keys}
+        label_of = {key: dataset.label_of(root, image) for key, image in images.items()}
         _check_labels(root, dataset, split, label_of)
-    reference_of = dict.fromkeys(keys)
+    reference_of: dict[str, Path] = {}
     if split in dataset.correspondences:
-        reference_of = _references(root, dataset, split, {key: images[key] for key in keys})
+        reference_of = _references(root, dataset, split, images)
     return [
         Source(
             key,
-            images[key],
-            label_of[key],
-            reference_of[key],
+            image,
+            label_of.get(key),
+            reference_of.get(key),
             dataset.coding,
             rescale_label=key in dataset.rescaled,
         )
-        for key in keys
+        for key, image in images.items()
     ]
 
 
