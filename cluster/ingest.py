@@ -1,4 +1,4 @@
-"""Folder of images and label planes -> Arrow shards in object storage, once, before training.
+"""Images and label planes in files -> Arrow shards in object storage, once, before training.
 
 Shard boundaries depend on the sorted keys and the sizes of the source files alone, and every
 shard is built by one task from its own files. So the bytes written are the same for one core and
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 import xxhash
@@ -23,8 +24,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from cluster.folder import Source, find_sources, read_image, read_label, read_taxonomy
+from cluster.datasets import find_sources, read_taxonomy
+from cluster.layouts import find_dataset
 from cluster.shards import Manifest, Shard, ShardWriter, read_manifest, write_manifest
+from cluster.sources import Source, read_image, read_label
 from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage
 from cluster.telemetry import PlainProgress
 from sepico.taxonomies import Taxonomy
@@ -34,16 +37,21 @@ JPEG_QUALITY = 95
 
 @dataclass
 class IngestConfig:
-    """Turns ROOT/images and ROOT/labels into Arrow shards.
+    """Turns a data set as it was published, or ROOT/images and ROOT/labels, into Arrow shards.
 
-    Images are ROOT/images/STEM.jpg or .png, labels ROOT/labels/STEM.png: 8-bit grayscale train
-    ids. The folder must be visible from every node of the Ray cluster.
+    The names of published data sets are gtav, synthia, cityscapes, dark_zurich,
+    nighttime_driving, bdd100k_night and acdc. A folder of your own holds ROOT/images/STEM.jpg or
+    .png and ROOT/labels/STEM.png, 8-bit grayscale train ids. ROOT must be visible from every node
+    of the Ray cluster.
 
     Attributes:
-        root: Folder that holds images/ and labels/.
+        root: Folder that the data set's archives were unpacked into.
         to: Where the shards go: s3://BUCKET/PREFIX or a folder.
+        dataset: Layout of ROOT: folder for one of your own, or a published data set's name.
+        split: train, val or test, as far as the data set has it; default: the first it has.
         list: File with one STEM a line, below ROOT or an absolute path; default: every image.
-        classes: File with the classes' names and colours; default: classes.json in ROOT or above.
+        classes: cityscapes19, cityscapes16 or cityscapes13, or a file with the classes' names and
+            colours; default: the data set's own, for a folder classes.json in ROOT or above.
         labels: Store the labels; false for a target domain that has none.
         size: WIDTHxHEIGHT in pixels to resize to; default: images keep their size and their bytes.
         shard_bytes: Source bytes gathered into one shard; a task holds one shard in memory.
@@ -52,6 +60,8 @@ class IngestConfig:
 
     root: str
     to: str
+    dataset: str = "folder"
+    split: str | None = None
     list: str | None = None
     classes: str | None = None
     labels: bool = True
@@ -60,6 +70,7 @@ class IngestConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
+        find_dataset(self.dataset).pick_split(self.split)
         if self.size is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
             raise ValueError(f"size {self.size!r} must be WIDTHxHEIGHT, such as 1280x720")
         if self.shard_bytes <= 0:
@@ -75,8 +86,7 @@ class IngestConfig:
 
 def check(config: IngestConfig) -> None:
     """Everything that can be known before work starts. Raises ValueError in one line."""
-    find_sources(Path(config.root), config.list, config.labels)
-    read_taxonomy(Path(config.root), config.classes)
+    _inputs(config)
     open_storage(config.to, config.storage).check()
 
 
@@ -87,17 +97,20 @@ def ingest(config: IngestConfig) -> Manifest:
     stay, since a running training may still read them.
     """
     check(config)
-    root = Path(config.root).absolute()
     config = replace(config, to=absolute_url(config.to))  # a task runs in another folder
-    taxonomy = read_taxonomy(root, config.classes)
-    sources = find_sources(root, config.list, config.labels)
+    sources, taxonomy = _inputs(config)
     plan = plan_shards([source.size for source in sources], config.shard_bytes)
     storage = open_storage(config.to, config.storage)
     before = set(storage.list())
     written: dict[int, tuple[Shard, list[dict[str, Any]]]] = {}
     try:
         _convert(config, taxonomy, [sources[begin:end] for begin, end in plan], written)
-        options = {"size": config.size, "shard_bytes": config.shard_bytes}
+        options = {
+            "dataset": config.dataset,
+            "split": find_dataset(config.dataset).pick_split(config.split),
+            "size": config.size,
+            "shard_bytes": config.shard_bytes,
+        }
         shards = [written[i] for i in range(len(plan))]
         write_manifest(storage, taxonomy, shards, labelled=config.labels, options=options)
     except BaseException:
@@ -128,23 +141,54 @@ def build_shard(
     writer = ShardWriter(taxonomy)
     for source in sources:
         encoded, image = read_image(source.image)
-        label = None
-        if source.label is not None:
-            label = read_label(source.label, taxonomy)
-            if label.shape != image.shape[1:]:
-                raise ValueError(
-                    f"{source.label} is {_size(label)} but its image {source.image} is "
-                    f"{_size(image)}: they must be the same size"
-                )
-        if size is not None and tuple(image.shape[1:]) != size:
-            image = resize(image, list(size), InterpolationMode.BILINEAR, antialias=True)
-            encoded = encode_jpeg(image, JPEG_QUALITY).numpy().tobytes()
-            if label is not None:
-                # "exact" samples at pixel centres, as the image's filter does.
-                label = resize(label[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
-        plane = None if label is None else label.numpy()
-        writer.add(source.key, encoded, (image.shape[1], image.shape[2]), plane)
+        label = None if source.label is None else _label_plane(source, taxonomy, image, size)
+        reference = None
+        if source.reference is not None:
+            reference, reference_image = read_image(source.reference)
+            _check_size(source, source.reference, reference_image, image)
+            reference, _ = _resized(reference, reference_image, size)
+        encoded, image = _resized(encoded, image, size)
+        height_width = (image.shape[1], image.shape[2])
+        writer.add(source.key, encoded, height_width, label, reference)
     return writer.finish()
+
+
+def _label_plane(
+    source: Source, taxonomy: Taxonomy, image: torch.Tensor, size: tuple[int, int] | None
+) -> np.ndarray:
+    """The (H, W) uint8 label as it is stored: in `size`, else in the size of its image."""
+    label = read_label(source.label, taxonomy, source.coding)
+    if not source.rescale_label:
+        _check_size(source, source.label, label, image)
+    height_width = size or tuple(image.shape[1:])
+    if tuple(label.shape) != height_width:
+        # "exact" samples at pixel centres, as the image's filter does.
+        label = resize(label[None], list(height_width), InterpolationMode.NEAREST_EXACT)[0]
+    return label.numpy()
+
+
+def _resized(
+    encoded: bytes, image: torch.Tensor, size: tuple[int, int] | None
+) -> tuple[bytes, torch.Tensor]:
+    """The image in `size` and its bytes: the file's own if it has that size already."""
+    if size is None or tuple(image.shape[1:]) == size:
+        return encoded, image
+    image = resize(image, list(size), InterpolationMode.BILINEAR, antialias=True)
+    return encode_jpeg(image, JPEG_QUALITY).numpy().tobytes(), image
+
+
+def _check_size(source: Source, path: Path, plane: torch.Tensor, image: torch.Tensor) -> None:
+    if plane.shape[-2:] != image.shape[-2:]:
+        raise ValueError(
+            f"{path} is {_size(plane)} but its image {source.image} is {_size(image)}: "
+            "they must be the same size"
+        )
+
+
+def _inputs(config: IngestConfig) -> tuple[list[Source], Taxonomy]:
+    root, dataset = Path(config.root).absolute(), find_dataset(config.dataset)
+    sources = find_sources(root, dataset, config.split, config.list, config.labels)
+    return sources, read_taxonomy(root, dataset, config.classes)
 
 
 @ray.remote(num_cpus=1)

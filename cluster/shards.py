@@ -110,13 +110,23 @@ class ShardWriter:
         self._end = ARROW_MAGIC_LENGTH + self._schema.serialize().size
         self._rows: list[dict[str, Any]] = []
 
-    def add(self, key: str, image: bytes, size: tuple[int, int], label: np.ndarray | None) -> None:
-        """Append a sample: encoded `image` of `size` (H, W) and its (H, W) uint8 `label`."""
+    def add(
+        self,
+        key: str,
+        image: bytes,
+        size: tuple[int, int],
+        label: np.ndarray | None,
+        reference: bytes | None = None,
+    ) -> None:
+        """Append a sample: encoded `image` of `size` (H, W) and its (H, W) uint8 `label`.
+
+        `reference` is an encoded image of the same size.
+        """
         counts = None
         if label is not None:
             counts = np.bincount(label.ravel(), minlength=256)[: self._num_classes].tolist()
         row = {"key": key, "height": size[0], "width": size[1], "pixel_counts": counts}
-        blobs = {"image": image, "label": None, "reference": None}
+        blobs = {"image": image, "label": None, "reference": reference}
         if label is not None:
             blobs["label"] = self._codec.compress(label.tobytes(), asbytes=True)
         self._writer.write_batch(pa.RecordBatch.from_pylist([row | blobs], self._schema))

@@ -1,5 +1,7 @@
-"""Turn a folder of images and labels into Arrow shards, once, before training.
+"""Turn a published data set, or a folder of images and labels, into Arrow shards, once.
 
+python -m jobs.ingest --dataset gtav --root DATA/gta --to s3://BUCKET/gtav --size 1280x720
+python -m jobs.ingest --dataset dark_zurich --root DATA/dz --labels false --to s3://BUCKET/night
 python -m jobs.ingest --root DATA/source_day --list train.txt --to s3://BUCKET/day --size 960x720
 python -m jobs.ingest --root DATA/target_dusk --labels false --to s3://BUCKET/dusk
 """

@@ -156,13 +156,14 @@ def folder(make_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def write_dataset() -> Callable[..., None]:
     """`write_dataset(folder, storage, labels=True, per_shard=5)` ingests without Ray."""
-    from cluster.folder import find_sources, read_taxonomy
+    from cluster.datasets import find_sources, read_taxonomy
     from cluster.ingest import build_shard
+    from cluster.layouts import DATASETS
     from cluster.shards import Shard, write_manifest
 
     def write(folder: Path, storage, labels: bool = True, per_shard: int = 5) -> None:
-        taxonomy = read_taxonomy(folder, None)
-        sources = find_sources(folder, None, labels)
+        taxonomy = read_taxonomy(folder, DATASETS["folder"], None)
+        sources = find_sources(folder, DATASETS["folder"], None, None, labels)
         shards = []
         for begin in range(0, len(sources), per_shard):
             data, rows = build_shard(sources[begin : begin + per_shard], taxonomy, None)

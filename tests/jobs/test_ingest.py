@@ -11,8 +11,9 @@ import pytest
 import torch
 from torchvision.io import decode_image, write_jpeg, write_png
 
-from cluster.folder import find_sources, read_taxonomy
+from cluster.datasets import find_sources, read_taxonomy
 from cluster.ingest import IngestConfig, build_shard, check, ingest, plan_shards
+from cluster.layouts import DATASETS
 from cluster.shards import ShardReader, read_manifest
 from cluster.storage import StorageConfig, open_storage
 from jobs.command_line import run
@@ -62,7 +63,9 @@ def test_a_user_ingests_into_a_bucket(ray_cluster, folder, s3):
     storage = open_storage(url, StorageConfig(endpoint=s3.endpoint))
     manifest = read_manifest(storage)
     assert len(manifest) == 12 and manifest.image_size == (24, 32) and len(manifest.shards) > 2
-    assert manifest.options == {"size": "32x24", "shard_bytes": 4000}
+    assert manifest.options == {
+        "dataset": "folder", "split": "all", "size": "32x24", "shard_bytes": 4000
+    }  # fmt: skip
     sample = ShardReader(storage, manifest).read(0)
     assert sample.image.shape == (3, 24, 32) and sample.label.shape == (24, 32)
     assert int(manifest.pixel_counts[0].sum()) == int((sample.label != 255).sum())
@@ -111,9 +114,10 @@ def test_shards_do_not_depend_on_tasks_or_on_the_order_of_the_list(ray_cluster, 
     for name in names:
         assert storage_at(tmp_path / "a").get(name) == storage_at(tmp_path / "b").get(name)
     # The same shards, built one after the other in this process.
-    sources = find_sources(folder, str(tmp_path / "a.txt"), True)
+    own = DATASETS["folder"]
+    sources = find_sources(folder, own, None, str(tmp_path / "a.txt"), True)
     for begin, end in plan_shards([source.size for source in sources], 3000):
-        data, _ = build_shard(sources[begin:end], read_taxonomy(folder, None), (30, 40))
+        data, _ = build_shard(sources[begin:end], read_taxonomy(folder, own, None), (30, 40))
         assert any(data == storage_at(tmp_path / "a").get(name) for name in names)
 
 
@@ -135,8 +139,9 @@ def test_an_unlabelled_target_needs_no_labels(ray_cluster, make_folder, tmp_path
 def test_the_class_file_may_lie_above_or_elsewhere(make_folder, tmp_path):
     root = make_folder(tmp_path / "data", count=1)
     (root / "classes.json").rename(tmp_path / "classes.json")
-    assert read_taxonomy(root, None).num_classes == 5
-    assert read_taxonomy(root, str(tmp_path / "classes.json")).num_classes == 5
+    own = DATASETS["folder"]
+    assert read_taxonomy(root, own, None).num_classes == 5
+    assert read_taxonomy(root, own, str(tmp_path / "classes.json")).num_classes == 5
 
 
 def _wrong_size(root):
