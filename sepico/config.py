@@ -32,8 +32,6 @@ class ModelConfig:
             head.
         projection_mode: "concat" resizes these stages to the first of them, concatenates and
             projects them together; "per_layer" gives each a projection of its own.
-        projection_output: "relu" ends in batch-norm and ReLU, as the authors' head: embeddings
-            have no negative entry; "linear" adds a convolution, so that they have any sign.
         pixel_mean: Per-channel RGB mean on the 0..255 scale.
         pixel_std: Per-channel RGB standard deviation on the 0..255 scale.
         num_classes: Number of classes; 0 takes it from the source data set.
@@ -49,7 +47,6 @@ class ModelConfig:
     projection_channels: int = 512
     projection_stages: tuple[int, ...] = (0, 1, 2, 3)
     projection_mode: Literal["concat", "per_layer"] = "concat"
-    projection_output: Literal["relu", "linear"] = "relu"
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     num_classes: int = 0
@@ -191,5 +188,7 @@ class MethodConfig:
 
     @property
     def contrast_stage_weights(self) -> tuple[float, ...]:
-        """Weight of each projection's loss."""
-        return (1.0,)
+        """Weight of each projection's loss, one a stage in per-layer mode."""
+        if self.model.projection_mode == "concat":
+            return (1.0,)
+        return self.contrast.stage_weights or (1.0,) * len(self.model.projection_stages)

@@ -39,7 +39,6 @@ class Segmentor(nn.Module):
             self.projection = kind[config.projection_mode](
                 [widths[i] for i in config.projection_stages],
                 config.projection_channels,
-                linear_output=config.projection_output == "linear",
             )
         self.register_buffer("mean", torch.tensor(config.pixel_mean).view(1, 3, 1, 1), False)
         self.register_buffer("std", torch.tensor(config.pixel_std).view(1, 3, 1, 1), False)

@@ -10,21 +10,16 @@ class ProjectionHead(nn.Module):
     """Two 1x1 convolutions with batch-norm and ReLU, L2 norm.
 
     Several input stages are resized to the first one's grid and concatenated; the hidden width is
-    their mean width, as the authors choose it. With `linear_output` the hidden width is that of
-    the embeddings and a third convolution follows, so that embeddings may have any sign.
+    their mean width, as the authors choose it. Embeddings have no negative entry.
     """
 
-    def __init__(
-        self, in_channels: list[int], channels: int, *, linear_output: bool = False
-    ) -> None:
+    def __init__(self, in_channels: list[int], channels: int) -> None:
         super().__init__()
-        hidden = channels if linear_output else sum(in_channels) // len(in_channels)
+        hidden = sum(in_channels) // len(in_channels)
         self.reduce = StagedConv1x1(in_channels, hidden)
         self.layers = nn.Sequential(
             nn.BatchNorm2d(hidden), nn.ReLU(inplace=True), conv_norm_act(hidden, channels)
         )
-        if linear_output:
-            self.layers.append(nn.Conv2d(channels, channels, 1))
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """List of (B, C_i, h_i, w_i) -> (B, A, h_0, w_0) float32 with unit norm along A."""
@@ -34,13 +29,9 @@ class ProjectionHead(nn.Module):
 class PerLayerProjection(nn.Module):
     """A projection head of its own for every stage, on that stage's grid."""
 
-    def __init__(
-        self, in_channels: list[int], channels: int, *, linear_output: bool = False
-    ) -> None:
+    def __init__(self, in_channels: list[int], channels: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(
-            ProjectionHead([width], channels, linear_output=linear_output) for width in in_channels
-        )
+        self.heads = nn.ModuleList(ProjectionHead([width], channels) for width in in_channels)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """List of (B, C_i, h_i, w_i) -> list of (B, A, h_i, w_i) float32, unit norm along A."""

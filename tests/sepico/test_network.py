@@ -54,8 +54,7 @@ def test_output_stride_sets_the_grid_of_the_last_stage(encoder, stride):
 
 
 def test_per_layer_projections_are_one_a_stage_on_its_own_grid():
-    options = {"projection_mode": "per_layer", "projection_output": "linear"}
-    segmentor = build_segmentor(config(**options, projection_stages=(0, 2, 3)))
+    segmentor = build_segmentor(config(projection_mode="per_layer", projection_stages=(0, 2, 3)))
     _, projections = segmentor(torch.rand(2, 3, 64, 96))
     assert [tuple(p.shape) for p in projections] == [
         (2, WIDTH, 16, 24),
@@ -63,15 +62,10 @@ def test_per_layer_projections_are_one_a_stage_on_its_own_grid():
         (2, WIDTH, 2, 3),
     ]
     for projection in projections:
-        assert torch.allclose(projection.norm(dim=1), torch.ones(()), atol=1e-5)
-
-
-def test_only_a_linear_projection_has_negative_entries():
-    images = torch.rand(2, 3, 64, 96)
-    _, relu = build_segmentor(config())(images)
-    _, linear = build_segmentor(config(projection_output="linear"))(images)
-    assert relu.min() == 0
-    assert linear.min() < 0
+        norms = projection.norm(dim=1)
+        # Behind a ReLU a narrow projection may be zero.
+        assert ((norms - 1).abs().lt(1e-5) | norms.eq(0)).all()
+        assert norms.max() > 0
 
 
 def test_stages_convolved_before_resizing_equal_the_resized_concatenation():
