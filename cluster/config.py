@@ -45,7 +45,8 @@ class TrainConfig(MethodConfig):
     """A training run.
 
     Attributes:
-        method: "distcl" adapts to the target domain; "source_only" is the baseline without it.
+        method: "distcl", "bankcl" and "protocl" adapt to the target domain, contrasting with class
+            distributions, a memory bank or prototypes; "source_only" is the baseline without it.
         run: Name (a folder below `runs`) or URL of the run. An existing run is continued. Empty
             makes a name from method and time.
         runs: URL of the folder that holds runs given by name.
@@ -75,6 +76,7 @@ class TrainConfig(MethodConfig):
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("workers", "log_every", "checkpoint_every", "panel_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")

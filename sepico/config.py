@@ -186,6 +186,15 @@ class MethodConfig:
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
 
+    def __post_init__(self) -> None:
+        weights, stages = self.contrast.stage_weights, self.model.projection_stages
+        if weights and (self.model.projection_mode == "concat" or len(weights) != len(stages)):
+            raise ValueError(
+                f"contrast.stage_weights has {len(weights)} weights: it needs "
+                "model.projection_mode per_layer and one weight for each of "
+                f"model.projection_stages {list(stages)}"
+            )
+
     @property
     def contrast_stage_weights(self) -> tuple[float, ...]:
         """Weight of each projection's loss, one a stage in per-layer mode."""

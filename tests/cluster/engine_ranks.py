@@ -28,7 +28,11 @@ STEPS, START, BATCH, CLASSES = 6, 2, 4, 5
 
 
 def method_config(method: str, start: int) -> MethodConfig:
-    """A tiny network, a constant rate (a warm-up would hide errors), no dropout."""
+    """A tiny network, a constant rate (a warm-up would hide errors), no dropout.
+
+    "distcl per stage" has a projection, statistics and a loss for each of two encoder stages.
+    """
+    method, _, stages = method.partition(" ")
     return MethodConfig(
         method=method,
         model=ModelConfig(
@@ -38,9 +42,16 @@ def method_config(method: str, start: int) -> MethodConfig:
             head_dilations=(1, 2),
             dropout=0.0,
             projection_channels=16,
+            projection_stages=(0, 1) if stages else (0, 1, 2, 3),
+            projection_mode="per_layer" if stages else "concat",
             num_classes=CLASSES,
         ),
-        contrast=ContrastConfig(temperature=0.5, regularizer_weight=0.5, start=start),
+        contrast=ContrastConfig(
+            temperature=0.5,
+            regularizer_weight=0.5,
+            start=start,
+            stage_weights=(1.0, 0.5) if stages else (),
+        ),
         teacher=TeacherConfig(ema_alpha=0.9, threshold=0.3, ignore_top=4, ignore_bottom=0),
         augmentation=AugmentationConfig(),
         optimization=OptimizationConfig(
