@@ -30,11 +30,9 @@ STEPS, START, BATCH, CLASSES = 6, 2, 4, 5
 def method_config(method: str, start: int) -> MethodConfig:
     """A tiny network, a constant rate (a warm-up would hide errors), no dropout.
 
-    "distcl per stage" has a projection, statistics and a loss for each of two encoder stages;
-    "distcl day night" fuses pseudo-labels, which takes the 19 classes of Cityscapes.
+    "distcl per stage" has a projection, statistics and a loss for each of two encoder stages.
     """
-    method, _, variant = method.partition(" ")
-    stages, day_night = variant == "per stage", variant == "day night"
+    method, _, stages = method.partition(" ")
     return MethodConfig(
         method=method,
         model=ModelConfig(
@@ -46,7 +44,7 @@ def method_config(method: str, start: int) -> MethodConfig:
             projection_channels=16,
             projection_stages=(0, 1) if stages else (0, 1, 2, 3),
             projection_mode="per_layer" if stages else "concat",
-            num_classes=19 if day_night else CLASSES,
+            num_classes=CLASSES,
         ),
         contrast=ContrastConfig(
             temperature=0.5,
@@ -54,9 +52,7 @@ def method_config(method: str, start: int) -> MethodConfig:
             start=start,
             stage_weights=(1.0, 0.5) if stages else (),
         ),
-        teacher=TeacherConfig(
-            ema_alpha=0.9, threshold=0.3, ignore_top=4, ignore_bottom=0, day_night=day_night
-        ),
+        teacher=TeacherConfig(ema_alpha=0.9, threshold=0.3, ignore_top=4, ignore_bottom=0),
         augmentation=AugmentationConfig(),
         optimization=OptimizationConfig(
             iterations=100, global_batch=BATCH, reference_batch=BATCH, lr=3e-5, warmup=0, power=0
@@ -79,13 +75,7 @@ def global_batch(step: int, slots: range) -> StepBatch:
     label[1, :, :24] = 255  # so that ranks differ in the number of their pixels
     target, _ = scene(5, 6)
     mine = list(slots)
-    return StepBatch(
-        [100 * step + slot for slot in mine],
-        source[mine],
-        label[mine],
-        target[mine],
-        target_reference=1 - target[mine],
-    )
+    return StepBatch([100 * step + slot for slot in mine], source[mine], label[mine], target[mine])
 
 
 def build(

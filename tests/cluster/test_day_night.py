@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from cluster import shards
+from cluster.config import TrainConfig
 from cluster.loader import DataConfig, TrainLoader, check_data
 from cluster.shards import ShardReader, read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage
+from cluster.training import resolve
+from sepico.config import TeacherConfig
 from sepico.taxonomies import CITYSCAPES_19, Taxonomy
 
 STORAGE = StorageConfig()
@@ -126,12 +129,12 @@ def test_a_reference_that_nobody_asks_for_is_not_decoded(data, monkeypatch):
     assert len(decoded) == 3
 
 
-def test_day_night_is_checked_before_work_starts(data, write_source, write_target):
+def test_day_night_is_checked_before_work_starts(data, write_target):
     assert check_data(data, STORAGE, 6, day_night=True).labelled
     bare = make_data(data.source, write_target(None))
     with pytest.raises(ValueError, match=r"'frame000'.* no reference image.* ingest dark_zurich"):
-        check_data(bare, STORAGE, 6, day_night=True)
-    check_data(bare, STORAGE, 6)
+        resolve(TrainConfig(data=bare, teacher=TeacherConfig(day_night=True)))
+    resolve(TrainConfig(data=bare))
 
 
 def test_day_night_needs_the_classes_of_cityscapes(data, write_source):
