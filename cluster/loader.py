@@ -22,6 +22,7 @@ from cluster.sampling import Draw, Sampler
 from cluster.shards import Manifest, Sample, ShardReader, read_manifest
 from cluster.storage import StorageConfig, open_storage
 from sepico.randomness import slot_generator
+from sepico.taxonomies import CITYSCAPES_19
 
 # Threads that wait for object storage: enough to hide its latency, and they cost no CPU.
 REQUESTS_IN_FLIGHT = 16
@@ -91,11 +92,13 @@ class Batch:
     source_label: torch.Tensor  # (b, 1, crop_height, crop_width) int64
     target_image: torch.Tensor  # (b, 3, H, W) uint8, the whole image
     target_label: torch.Tensor | None  # (b, 1, H, W) int64, for analysis only
+    target_reference: torch.Tensor | None  # (b, 3, H, W) uint8, the day image of the same place
 
 
 class TrainLoader:
     """Yields `Batch` for step = start_step, start_step + 1, ... without end.
 
+    `references` asks for the target's reference images.
     Raises ValueError, in one line, for data that cannot fill such batches; a sample that cannot
     be read is an error with its key when its batch is due.
     """
@@ -110,6 +113,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
         start_step: int = 0,
+        references: bool = False,
     ) -> None:
         if global_batch % world_size:
             raise ValueError(
@@ -117,7 +121,7 @@ class TrainLoader:
                 f"{world_size}"
             )
         self.source, self._source_reader = _open("source", data.source, storage)
-        self.target, self._target_reader = _open("target", data.target, storage)
+        self.target, self._target_reader = _open("target", data.target, storage, references)
         _check(data, self.source, self.target, global_batch)
         self.wait_seconds = 0.0
         self._data = data
@@ -186,8 +190,8 @@ class TrainLoader:
 
     def _prepare_target(self, draw: Draw, sample: Sample) -> Sample:
         generator = slot_generator(draw.seed, "target flip")
-        flipped = maybe_flip(generator, self._data.flip_probability, sample.image, sample.label)
-        return Sample(sample.key, *flipped)
+        planes = sample.image, sample.label, sample.reference
+        return Sample(sample.key, *maybe_flip(generator, self._data.flip_probability, *planes))
 
 
 def load_samples(reader: ShardReader, indices: Iterable[int], threads: int = 2) -> Iterator[Sample]:
@@ -206,25 +210,37 @@ def load_samples(reader: ShardReader, indices: Iterable[int], threads: int = 2) 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def check_data(data: DataConfig, storage: StorageConfig, global_batch: int) -> Manifest:
+def check_data(
+    data: DataConfig, storage: StorageConfig, global_batch: int, *, day_night: bool = False
+) -> Manifest:
     """Before work starts: both stores answer and can fill a batch. Returns the source manifest.
 
-    Raises ValueError in one line.
+    With `day_night` the classes must be those that its fusion knows, and the target's first
+    sample must have a reference image. Raises ValueError in one line.
     """
     for url in filter(None, (data.source, data.target)):
         open_storage(url, storage).check()
     source, _ = _open("source", data.source, storage)
-    target, _ = _open("target", data.target, storage)
+    target, reader = _open("target", data.target, storage, references=day_night)
     _check(data, source, target, global_batch)
+    if day_night:
+        if source.taxonomy.names != CITYSCAPES_19.names:
+            raise ValueError(
+                f"teacher.day_night needs the 19 classes of Cityscapes, {source.url} has others: "
+                "ingest it with --classes cityscapes19 or set teacher.day_night to false"
+            )
+        reader.read(0)
     return source
 
 
-def _open(name: str, url: str, config: StorageConfig) -> tuple[Manifest, ShardReader]:
+def _open(
+    name: str, url: str, config: StorageConfig, references: bool = False
+) -> tuple[Manifest, ShardReader]:
     if not url:
         raise ValueError(f"data.{name} is not set: give the URL that `python -m jobs.ingest` wrote")
     storage = open_storage(url, config)
     manifest = read_manifest(storage)
-    return manifest, ShardReader(storage, manifest)
+    return manifest, ShardReader(storage, manifest, references=references)
 
 
 def _check(data: DataConfig, source: Manifest, target: Manifest, global_batch: int) -> None:
@@ -277,6 +293,7 @@ def _collate(
 
     sources, targets = zip(*pairs, strict=True)
     labelled = all(target.label is not None for target in targets)
+    referenced = all(target.reference is not None for target in targets)
     return Batch(
         step=step,
         slots=slots,
@@ -287,4 +304,5 @@ def _collate(
         source_label=labels(sources),
         target_image=torch.stack([sample.image for sample in targets]),
         target_label=labels(targets) if labelled else None,
+        target_reference=torch.stack([t.reference for t in targets]) if referenced else None,
     )

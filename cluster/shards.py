@@ -38,11 +38,15 @@ LABEL_COMPRESSION_LEVEL = 9
 
 @dataclass(frozen=True)
 class Sample:
-    """`image` (3, H, W) uint8 RGB; `label` (H, W) uint8 train ids, None when unlabelled."""
+    """`image` (3, H, W) uint8 RGB; `label` (H, W) uint8 train ids, None when unlabelled.
+
+    `reference` (3, H, W) uint8 RGB shows the same place, None where it was not asked for.
+    """
 
     key: str
     image: torch.Tensor
     label: torch.Tensor | None
+    reference: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -197,11 +201,15 @@ def read_manifest(storage: Storage) -> Manifest:
 
 
 class ShardReader:
-    """Random access to the samples of one data set; usable from many threads."""
+    """Random access to the samples of one data set; usable from many threads.
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    `references` asks for each sample's reference image: a sample without one is then an error.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest, *, references: bool = False) -> None:
         self._storage = storage
         self._manifest = manifest
+        self._references = references
         self._schema = shard_schema(manifest.taxonomy.num_classes)
 
     def read(self, index: int) -> Sample:
@@ -232,17 +240,27 @@ class ShardReader:
         batch = pa.ipc.read_record_batch(payload, self._schema)
         key = batch["key"][0].as_py()
         size = batch["height"][0].as_py(), batch["width"][0].as_py()
-        encoded = torch.frombuffer(bytearray(batch["image"][0].as_buffer()), dtype=torch.uint8)
-        try:
-            image = decode_image(encoded, mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise StorageError(f"sample {key!r} of {self._manifest.url}: {error}") from None
-        label = None
+        image = self._image(key, batch["image"][0])
+        label, reference = None, None
         if batch["label"][0].is_valid:
             compressed = batch["label"][0].as_buffer()
             plane = pa.decompress(compressed, size[0] * size[1], codec=LABEL_CODEC)
             label = torch.frombuffer(plane, dtype=torch.uint8).view(size)
-        return Sample(key, image, label)
+        if self._references:
+            if not batch["reference"][0].is_valid:
+                raise StorageError(
+                    f"sample {key!r} of {self._manifest.url} has no reference image, which "
+                    "teacher.day_night needs: ingest dark_zurich's split train or set it to false"
+                )
+            reference = self._image(key, batch["reference"][0])
+        return Sample(key, image, label, reference)
+
+    def _image(self, key: str, column: pa.BinaryScalar) -> torch.Tensor:
+        encoded = torch.frombuffer(bytearray(column.as_buffer()), dtype=torch.uint8)
+        try:
+            return decode_image(encoded, mode=ImageReadMode.RGB)
+        except RuntimeError as error:
+            raise StorageError(f"sample {key!r} of {self._manifest.url}: {error}") from None
 
 
 def _manifest_schema(num_classes: int) -> pa.Schema:

@@ -90,7 +90,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
         validation = replace(validation, data=absolute_url(validation.data))
     name = config.run or f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = replace(config, data=data, validation=validation, run=run_url(name, config.runs))
-    manifest = check_data(data, config.storage, config.optimization.global_batch)
+    manifest = check_data(
+        data,
+        config.storage,
+        config.optimization.global_batch,
+        day_night=config.teacher.day_night,
+    )
     if validation.data:
         store = open_storage(validation.data, config.storage)
         store.check()

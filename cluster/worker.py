@@ -22,7 +22,7 @@ from sepico.normalization import set_batch_norm
 from sepico.panels import step_panel
 from sepico.schedule import contrast_start_step, ema_decay, learning_rate
 from sepico.step import AdaptationStep, StepBatch
-from sepico.teacher import Teacher
+from sepico.teacher import Teacher, class_weights
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, float]:
@@ -67,7 +67,6 @@ class _Trainer:
             config.optimization,
             projection_start=contrast_start_step(config.contrast.start, config.optimization),
         )
-        self.step = AdaptationStep(config, network.normalize, self.teacher, self.contrast)
         self.start = self._restore()
         self.loader = TrainLoader(
             config.data,
@@ -77,6 +76,15 @@ class _Trainer:
             rank=self.rank,
             world_size=self.world_size,
             start_step=self.start,
+            references=config.teacher.day_night,
+        )
+        pixel_counts = torch.from_numpy(self.loader.source.pixel_counts.sum(axis=0))
+        self.step = AdaptationStep(
+            config,
+            network.normalize,
+            self.teacher,
+            self.contrast,
+            class_weights(pixel_counts, config.teacher.class_weight_std).to(device),
         )
         self.log = RunLog(run, self.start) if self.rank == 0 else None
 
@@ -126,7 +134,9 @@ class _Trainer:
         torch.manual_seed(hash((self.config.seed, step, self.rank)) & 0x7FFFFFFFFFFFFFFF)
 
     def _to_device(self, batch: Batch) -> StepBatch:
-        def image(pixels: torch.Tensor) -> torch.Tensor:
+        def image(pixels: torch.Tensor | None) -> torch.Tensor | None:
+            if pixels is None:
+                return None
             return pixels.to(self.device, non_blocking=True).float() / 255
 
         def label(pixels: torch.Tensor | None) -> torch.Tensor | None:
@@ -138,6 +148,7 @@ class _Trainer:
             label(batch.source_label),
             image(batch.target_image),
             label(batch.target_label),
+            image(batch.target_reference),
         )
 
     def _log(self, step: int, timer: "_Timer") -> None:

@@ -102,6 +102,12 @@ class TeacherConfig:
         ignore_bottom: Rows at the bottom of a target crop that are not trusted, pixels.
         crop_tries: Boxes drawn for the class-balanced crop of a target image.
         crop_max_ratio: Largest share one class may hold in a class-balanced crop.
+        day_night: Label a night image with the help of the day image of the same place, which
+            the target shards hold (Dark Zurich's training set); needs the 19 classes of
+            Cityscapes.
+        day_ratio: Share of the day image in the scores of static classes, where it is sure, 0..1.
+        class_weight_std: Spread around 1 of the weights that favour the source's rare classes in
+            these scores; 0 for none.
     """
 
     ema_alpha: float = 0.999
@@ -110,6 +116,17 @@ class TeacherConfig:
     ignore_bottom: int = 120
     crop_tries: int = 10
     crop_max_ratio: float = 0.75
+    day_night: bool = False
+    day_ratio: float = 0.8
+    class_weight_std: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.day_ratio <= 1:
+            raise ValueError(f"teacher.day_ratio is {self.day_ratio}: it must lie in 0..1")
+        if self.class_weight_std < 0:
+            raise ValueError(
+                f"teacher.class_weight_std is {self.class_weight_std}: it must not be negative"
+            )
 
 
 @dataclass

@@ -18,7 +18,7 @@ from sepico import augment, losses
 from sepico.config import MethodConfig
 from sepico.contrast import PixelContrast, Projections
 from sepico.schedule import contrast_start_step
-from sepico.teacher import Teacher, trust_mask
+from sepico.teacher import Teacher, fuse_day_night, trust_mask
 
 Student = Callable[..., tuple[Tensor | None, Tensor | None]]
 
@@ -29,6 +29,8 @@ class StepBatch:
 
     Images are float32 on the 0..1 scale; `seeds` holds one seed a slot. The target comes whole,
     the source cropped; `target_label` is for analysis only and never reaches a loss.
+    `target_reference`, the day image of the place that a night image shows, comes with
+    `teacher.day_night`.
     """
 
     seeds: list[int]
@@ -36,6 +38,7 @@ class StepBatch:
     source_label: Tensor  # (B, 1, h, w) int64
     target_image: Tensor | None = None  # (B, 3, H, W)
     target_label: Tensor | None = None  # (B, 1, H, W) int64
+    target_reference: Tensor | None = None  # (B, 3, H, W)
 
 
 @dataclass
@@ -47,10 +50,14 @@ class _Labelled:
     trusted_label: Tensor  # (B, 1, h, w) int64, ignored where untrusted
     confident: Tensor  # () number of pixels above the threshold
     truth: Tensor | None  # (B, h, w) int64, for analysis
+    reference: Tensor | None  # (B, 3, h, w), the same box of the day image
 
 
 class AdaptationStep:
-    """Computes the loss terms; holds the teacher and what the contrast compares with."""
+    """Computes the loss terms; holds the teacher and what the contrast compares with.
+
+    `class_weight` (C,) multiplies the pseudo-labels' scores under `teacher.day_night`.
+    """
 
     def __init__(
         self,
@@ -58,11 +65,13 @@ class AdaptationStep:
         normalize: Callable[[Tensor], Tensor],
         teacher: Teacher | None,
         contrast: PixelContrast | None,
+        class_weight: Tensor | None = None,
     ) -> None:
         self.config = config
         self.normalize = normalize
         self.teacher = teacher
         self.contrast = contrast
+        self.class_weight = class_weight
         self.contrast_start = contrast_start_step(config.contrast.start, config.optimization)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         # Scalars and pictures of the latest step, for telemetry.
@@ -123,6 +132,8 @@ class AdaptationStep:
             "mix": mixed_image,
             "mixed_label": mixed_label[:, 0],
         }
+        if target.reference is not None:
+            self.pictures["reference"] = target.reference
         yield loss
 
     def _strong(self, images: Tensor, seeds: list[int]) -> Tensor:
@@ -133,31 +144,51 @@ class AdaptationStep:
             ]
         )
 
+    def _label(self, image: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Labels (B, H, W) int64 of target images (B, 3, H, W), and their scores (B, H, W).
+
+        With `teacher.day_night` the day image of the same place has its say.
+        """
+        config = self.config.teacher
+        if config.day_night:
+            day = self.teacher.probabilities(self.normalize(reference))
+            night = self.teacher.probabilities(self.normalize(image))
+            scores = fuse_day_night(
+                day, night, class_weight=self.class_weight, day_ratio=config.day_ratio
+            )
+        else:
+            scores = self.teacher.probabilities(self.normalize(image))
+        score, label = scores.max(1)
+        return label, score
+
     def _pseudo_label(self, batch: StepBatch) -> _Labelled:
         """Label the whole image, crop where classes balance, label the crop again."""
         config = self.config.teacher
-        whole, _ = self.teacher.pseudo_label(self.normalize(batch.target_image))
+        whole, _ = self._label(batch.target_image, batch.target_reference)
         size = tuple(batch.source_image.shape[-2:])
         boxes = [
             augment.crop_target(label, seed, size, config)
             for label, seed in zip(whole, batch.seeds, strict=True)
         ]
-        image = torch.stack(
-            [image[:, y, x] for image, (y, x) in zip(batch.target_image, boxes, strict=True)]
-        )
-        truth = None
-        if batch.target_label is not None:
-            truth = torch.stack(
-                [t[0, y, x] for t, (y, x) in zip(batch.target_label, boxes, strict=True)]
+
+        def crop(planes: Tensor | None) -> Tensor | None:
+            if planes is None:
+                return None
+            return torch.stack(
+                [plane[:, y, x] for plane, (y, x) in zip(planes, boxes, strict=True)]
             )
-        label, probability = self.teacher.pseudo_label(self.normalize(image))
+
+        image, truth = crop(batch.target_image), crop(batch.target_label)
+        reference = crop(batch.target_reference)
+        label, score = self._label(image, reference)
         trusted = trust_mask(*size, config.ignore_top, config.ignore_bottom).to(label.device) > 0
         return _Labelled(
             image,
             label,
             torch.where(trusted, label, 255)[:, None],
-            (probability >= config.threshold).sum(),
-            truth,
+            (score >= config.threshold).sum(),
+            None if truth is None else truth[:, 0],
+            reference,
         )
 
     def _start_statistics(

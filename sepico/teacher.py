@@ -28,15 +28,14 @@ class Teacher:
                 module.eval()
 
     @torch.no_grad()
-    def pseudo_label(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images (B, 3, H, W) -> labels (B, H, W) int64, probabilities (B, H, W)."""
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> probabilities of the classes (B, C, H, W)."""
         self._prepare()
         logits, _ = self.network(images, projections=False)
         logits = nn.functional.interpolate(
             logits, images.shape[-2:], mode="bilinear", align_corners=False
         )
-        probability, label = logits.softmax(1).max(1)
-        return label, probability
+        return logits.softmax(1)
 
     @torch.no_grad()
     def embeddings(self, images: Tensor) -> Tensor:
@@ -87,3 +86,18 @@ def fuse_day_night(
     share = torch.where(day_probs > 0.4, day_ratio, 1 - day_ratio) * static
     fused = torch.lerp(night_probs, day_probs, share)
     return fused if class_weight is None else fused * class_weight.view(-1, 1, 1)
+
+
+def class_weights(pixel_counts: Tensor, std: float) -> Tensor:
+    """Weights (C,) float32 that favour rare classes, from a data set's pixels per class (C,).
+
+    1 minus the standardised logarithm of the frequency times `std`, as in DANNet (Wu et al., CVPR
+    2021). A class that does not occur gets 1.
+    """
+    weights = torch.ones(len(pixel_counts), dtype=torch.float64)
+    occurs = pixel_counts > 0
+    # Counts serve as well as frequencies: their sum cancels.
+    log = pixel_counts[occurs].double().log()
+    # Classes of one frequency have no spread to divide by: each gets 1.
+    weights[occurs] += std * ((log.mean() - log) / log.std()).nan_to_num(0.0)
+    return weights.float()

@@ -11,7 +11,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import boto3
@@ -155,15 +155,30 @@ def folder(make_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def write_dataset() -> Callable[..., None]:
-    """`write_dataset(folder, storage, labels=True, per_shard=5)` ingests without Ray."""
+    """`write_dataset(folder, storage, labels=True, per_shard=5, references=None)`, without Ray.
+
+    `references` is a folder like `folder`; its images of the same name become the references.
+    """
     from cluster.datasets import find_sources, read_taxonomy
     from cluster.ingest import build_shard
     from cluster.layouts import DATASETS
     from cluster.shards import Shard, write_manifest
 
-    def write(folder: Path, storage, labels: bool = True, per_shard: int = 5) -> None:
+    def write(
+        folder: Path,
+        storage,
+        labels: bool = True,
+        per_shard: int = 5,
+        references: Path | None = None,
+    ) -> None:
         taxonomy = read_taxonomy(folder, DATASETS["folder"], None)
         sources = find_sources(folder, DATASETS["folder"], None, None, labels)
+        if references is not None:
+            paired = [references / "images" / source.image.name for source in sources]
+            sources = [
+                replace(source, reference=path if path.is_file() else None)
+                for source, path in zip(sources, paired, strict=True)
+            ]
         shards = []
         for begin in range(0, len(sources), per_shard):
             data, rows = build_shard(sources[begin : begin + per_shard], taxonomy, None)

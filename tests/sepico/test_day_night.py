@@ -1,0 +1,129 @@
+"""Pseudo-labels of night images that day images of the same places help to find."""
+
+import copy
+
+import pytest
+import torch
+
+from sepico import augment
+from sepico.config import ContrastConfig, MethodConfig, ModelConfig, TeacherConfig
+from sepico.contrast import PixelContrast
+from sepico.network import build_segmentor
+from sepico.step import AdaptationStep, StepBatch
+from sepico.teacher import Teacher, class_weights, fuse_day_night
+
+SEEDS = [3, 4, 5]
+WEIGHT = torch.linspace(0.9, 1.1, 19)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    image, reference = (
+        torch.rand(3, 3, 6, 8, generator=generator)
+        .repeat_interleave(24, 2)
+        .repeat_interleave(24, 3)
+        for _ in range(2)
+    )
+    source = torch.rand(3, 3, 96, 96, generator=generator)
+    label = torch.randint(0, 19, (3, 1, 96, 96), generator=generator)
+    return StepBatch(SEEDS, source, label, image, target_reference=reference)
+
+
+def adaptation_step(day_night, day_ratio=0.8):
+    torch.manual_seed(0)
+    config = MethodConfig(
+        model=ModelConfig(
+            encoder="tu-test_efficientnet",
+            encoder_weights=None,
+            head_channels=16,
+            head_dilations=(1,),
+            projection_channels=16,
+            num_classes=19,
+        ),
+        contrast=ContrastConfig(start=10),
+        # Low enough that an untrained network is sure of some pixels, and not of all.
+        teacher=TeacherConfig(
+            threshold=0.09,
+            ignore_top=0,
+            ignore_bottom=0,
+            crop_max_ratio=1.0,
+            day_night=day_night,
+            day_ratio=day_ratio,
+        ),
+    )
+    network = build_segmentor(config.model)
+    teacher = Teacher(copy.deepcopy(network))
+    step = AdaptationStep(config, network.normalize, teacher, PixelContrast(config), WEIGHT)
+    return step, network
+
+
+def run(step, network, batch):
+    """One step; returns the pictures and the share of confident pixels."""
+    for term in step.terms(network.train(), batch, 0):
+        assert term.isfinite()
+    return step.pictures, step.metrics["confident_share"]
+
+
+def fused_scores(step, night, day, day_ratio=0.8):
+    probabilities = [step.teacher.probabilities(step.normalize(image)) for image in (day, night)]
+    return fuse_day_night(*probabilities, class_weight=WEIGHT, day_ratio=day_ratio)
+
+
+@pytest.mark.parametrize("day_ratio", [0.8, 0.3])
+def test_the_label_of_a_crop_is_that_of_the_fused_scores(batch, day_ratio):
+    step, network = adaptation_step(day_night=True, day_ratio=day_ratio)
+    pictures, confident_share = run(step, network, batch)
+    score, label = fused_scores(step, pictures["target"], pictures["reference"], day_ratio).max(1)
+    assert torch.equal(pictures["pseudo_label"], label)
+    expected = (score >= 0.09).float().mean()
+    assert 0.1 < expected < 0.9
+    assert confident_share.item() == pytest.approx(expected.item())
+    night = step.teacher.probabilities(step.normalize(pictures["target"]))
+    assert not torch.equal(label, night.argmax(1))
+
+
+def test_the_fused_label_of_the_whole_image_places_one_box_in_both_images(batch):
+    step, network = adaptation_step(day_night=True)
+    pictures, _ = run(step, network, batch)
+    whole = fused_scores(step, batch.target_image, batch.target_reference).argmax(1)
+    for i, seed in enumerate(SEEDS):
+        y, x = augment.crop_target(whole[i], seed, (96, 96), step.config.teacher)
+        assert torch.equal(pictures["target"][i], batch.target_image[i, :, y, x])
+        assert torch.equal(pictures["reference"][i], batch.target_reference[i, :, y, x])
+
+
+def test_without_day_night_the_night_image_alone_gives_the_label(batch):
+    step, network = adaptation_step(day_night=False)
+    pictures, _ = run(step, network, batch)
+    night = step.teacher.probabilities(step.normalize(pictures["target"]))
+    assert torch.equal(pictures["pseudo_label"], night.argmax(1))
+
+
+def test_class_weights_fall_with_the_logarithm_of_the_frequency():
+    # Logarithms 1, 2 and 3 to base 10: mean 2, sample standard deviation 1.
+    weights = class_weights(torch.tensor([10, 0, 100, 1000]), 0.05)
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == pytest.approx([1.05, 1.0, 1.0, 0.95])
+
+
+def test_class_weights_of_cityscapes_are_those_of_its_published_frequencies():
+    frequencies = torch.tensor([
+        0.36869696, 0.06084986, 0.22824049, 0.00655399, 0.00877272, 0.01227341, 0.00207795,
+        0.0055127, 0.15928651, 0.01157818, 0.04018982, 0.01218957, 0.00135122, 0.06994545,
+        0.00267456, 0.00235192, 0.00232904, 0.00098658, 0.00413907,
+    ])  # fmt: skip
+    weights = class_weights((frequencies * 1e8).long(), 0.05)
+    assert weights.argmin() == 0 and weights.argmax() == 17  # road, motorcycle
+    assert weights[[0, 17]].tolist() == pytest.approx([0.904138, 1.068882], abs=1e-5)
+    assert weights.std().item() == pytest.approx(0.05, rel=1e-4)
+
+
+def test_classes_of_one_frequency_weigh_the_same():
+    assert class_weights(torch.tensor([7, 7, 0]), 0.05).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("key", "value"), [("day_ratio", 1.2), ("class_weight_std", -0.1)])
+def test_settings_out_of_range_are_refused(key, value):
+    with pytest.raises(ValueError, match=f"teacher.{key} is {value}"):
+        TeacherConfig(**{key: value})
