@@ -13,6 +13,7 @@ from sepico.config import (
     AugmentationConfig,
     ContrastConfig,
     MethodConfig,
+    MICConfig,
     ModelConfig,
     OptimizationConfig,
     TeacherConfig,
@@ -30,9 +31,11 @@ STEPS, START, BATCH, CLASSES = 6, 2, 4, 5
 def method_config(method: str, start: int) -> MethodConfig:
     """A tiny network, a constant rate (a warm-up would hide errors), no dropout.
 
-    "distcl per stage" has a projection, statistics and a loss for each of two encoder stages.
+    "distcl per stage" has a projection, statistics and a loss for each of two encoder stages,
+    "distcl masked" the loss of masked target crops besides.
     """
-    method, _, stages = method.partition(" ")
+    method, _, variant = method.partition(" ")
+    stages = variant == "per stage"
     return MethodConfig(
         method=method,
         model=ModelConfig(
@@ -54,6 +57,7 @@ def method_config(method: str, start: int) -> MethodConfig:
         ),
         teacher=TeacherConfig(ema_alpha=0.9, threshold=0.3, ignore_top=4, ignore_bottom=0),
         augmentation=AugmentationConfig(),
+        mic=MICConfig(weight=float(variant == "masked"), block_size=20),
         optimization=OptimizationConfig(
             iterations=100, global_batch=BATCH, reference_batch=BATCH, lr=3e-5, warmup=0, power=0
         ),

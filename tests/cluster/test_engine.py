@@ -6,7 +6,7 @@ import torch.multiprocessing
 
 from tests.cluster.engine_ranks import plain_pytorch, run_rank
 
-VARIANTS = ("bankcl", "protocl", "distcl per stage")
+VARIANTS = ("bankcl", "protocl", "distcl per stage", "distcl masked")
 METHODS = ("distcl", *VARIANTS, "source_only")
 ADAPTING = [(stage, "distcl") for stage in (0, 1, 2, 3)] + [(1, method) for method in VARIANTS]
 CASES = [*ADAPTING, (1, "source_only")]
