@@ -83,13 +83,15 @@ def global_batch(step: int, slots: range) -> StepBatch:
 
 
 def build(
-    config: MethodConfig, group: dist.ProcessGroup | None = None
+    config: MethodConfig,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
 ) -> tuple[torch.nn.Module, Teacher | None, PixelContrast | None]:
     torch.manual_seed(0)
     adapts = config.method != "source_only"
-    network = build_segmentor(config.model, with_projection=adapts)
+    network = build_segmentor(config.model, with_projection=adapts).to(device)
     teacher = Teacher(copy.deepcopy(network)) if adapts else None
-    return network, teacher, PixelContrast(config, group=group) if adapts else None
+    return network, teacher, PixelContrast(config, device=device, group=group) if adapts else None
 
 
 def result(network_state: dict, teacher: Teacher | None, contrast: PixelContrast | None):
