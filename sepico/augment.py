@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from sepico.config import AugmentationConfig, TeacherConfig
+from sepico.config import AugmentationConfig, MICConfig, TeacherConfig
 from sepico.randomness import slot_generator
 
 
@@ -57,6 +57,15 @@ def class_mix_mask(labels: Tensor, chosen: list[Tensor]) -> Tensor:
     return torch.stack(
         [torch.isin(label, classes) for label, classes in zip(labels, chosen, strict=True)]
     ).to(labels.dtype)
+
+
+def block_mask(size: tuple[int, int], seed: int, config: MICConfig) -> Tensor:
+    """(H, W) bool, True in the masked blocks of one image; the last ones may be cut by the edge."""
+    rng = slot_generator(seed, "mask")
+    block = config.block_size
+    blocks = rng.random([math.ceil(side / block) for side in size]) < config.mask_ratio
+    mask = torch.from_numpy(blocks).repeat_interleave(block, 0).repeat_interleave(block, 1)
+    return mask[: size[0], : size[1]]
 
 
 def draw_boxes(

@@ -147,6 +147,31 @@ class AugmentationConfig:
 
 
 @dataclass
+class MICConfig:
+    """Masked image consistency: the student predicts the pseudo-label of a masked target crop.
+
+    Hoyer et al., MIC: Masked Image Consistency for Context-Enhanced Domain Adaptation (CVPR 2023).
+
+    Attributes:
+        weight: Weight of the masked crop's cross entropy in the loss; 0 makes no such pass.
+        mask_ratio: Probability that a block is masked, drawn per slot of the global batch.
+        block_size: Side of a square block, pixels of the target crop.
+    """
+
+    weight: float = 0.0
+    mask_ratio: float = 0.7
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"mic.weight is {self.weight}: it must be 0 (off) or above")
+        if not 0 <= self.mask_ratio <= 1:
+            raise ValueError(f"mic.mask_ratio is {self.mask_ratio}: give a probability, 0..1")
+        if self.block_size < 1:
+            raise ValueError(f"mic.block_size is {self.block_size}: at least 1")
+
+
+@dataclass
 class OptimizationConfig:
     """Batch, schedule and AdamW.
 
@@ -201,6 +226,7 @@ class MethodConfig:
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    mic: MICConfig = field(default_factory=MICConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
 
     def __post_init__(self) -> None:

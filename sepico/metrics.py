@@ -1,5 +1,7 @@
 """Confusion matrix and intersection over union."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,6 +34,11 @@ class ConfusionMatrix:
         union = self.counts.sum(0) + self.counts.sum(1) - self.counts.diag()
         return torch.where(union > 0, intersection / union, torch.nan)
 
-    def mean_iou(self) -> float:
-        """Mean of the classes' IoU, classes without a pixel left out."""
-        return self.iou().nanmean().item()
+    def mean_iou(self, classes: Sequence[int] | None = None) -> float:
+        """Mean IoU over `classes` (default: all), those neither there nor predicted left out.
+
+        Pixels of the other classes still count where they are confused with these, as in the
+        published results on 16 and 13 of 19 classes.
+        """
+        iou = self.iou()
+        return (iou if classes is None else iou[list(classes)]).nanmean().item()

@@ -136,6 +136,9 @@ class AdaptationStep:
             self.pictures["reference"] = target.reference
         yield loss
 
+        if self.config.mic.weight:
+            yield self._masked_consistency(student, batch, target, confident_share)
+
     def _strong(self, images: Tensor, seeds: list[int]) -> Tensor:
         return torch.stack(
             [
@@ -239,3 +242,17 @@ class AdaptationStep:
         target_weight = confident_share * trusted.to(image.device)
         weight = torch.where(mask[:, 0].bool(), 1.0, target_weight)
         return self._strong(image, batch.seeds), label, weight
+
+    def _masked_consistency(
+        self, student: Student, batch: StepBatch, target: _Labelled, confident_share: Tensor
+    ) -> Tensor:
+        """Cross entropy of the masked target crop against the pseudo-label of the whole one."""
+        config, size = self.config.mic, tuple(target.image.shape[-2:])
+        masks = torch.stack([augment.block_mask(size, seed, config) for seed in batch.seeds])
+        image = self.normalize(self._strong(target.image, batch.seeds))
+        # Zero after normalisation is the mean colour.
+        image = image.masked_fill(masks[:, None].to(image.device), 0)
+        logits, _ = student(image, projections=False)
+        loss = confident_share * losses.cross_entropy(logits, target.trusted_label)
+        self.metrics["mic_ce"] = loss.detach()
+        return config.weight * loss

@@ -95,6 +95,19 @@ class Taxonomy:
             self.ignore_index,
         )
 
+    def reported_subsets(self) -> dict[int, list[int]]:
+        """Number of classes -> their train ids, for subsets that results are also reported on.
+
+        For the 19 classes of Cityscapes these are the 16 and the 13 of SYNTHIA; else there are
+        none.
+        """
+        if self.names != CITYSCAPES_19.names:
+            return {}
+        return {
+            subset.num_classes: [self.names.index(name) for name in subset.names]
+            for subset in (CITYSCAPES_16, CITYSCAPES_13)
+        }
+
 
 # name: (label id, RGB colour), in train-id order; from the label table of Cityscapes, whose ids
 # the palette images of GTAV use as well.
