@@ -6,6 +6,7 @@ told otherwise; several backwards before one step are wrong for stages 1 and 2 u
 reduction is coalesced; flat ZeRO partitions feed zeros to parameters that have no gradient.
 """
 
+import ctypes
 import importlib
 import os
 from collections.abc import Iterable, Iterator
@@ -104,9 +105,20 @@ def adopt_process_group() -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc keep the blocks that a step frees: it would hand them back to the kernel and fault
+    them in again in the next step, 8 % of a step on CPU. Other C libraries are left alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        mallopt(mmap_threshold, 32 * 1024**2)  # the largest that glibc takes
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 def set_up_process(cpus: int) -> torch.device:
-    """Threads and process group of a worker of Ray Train; returns its device."""
+    """Threads, allocator and process group of a worker of Ray Train; returns its device."""
     torch.set_num_threads(cpus)
+    _keep_freed_memory()
     adopt_process_group()
     return ray.train.torch.get_device()
 
