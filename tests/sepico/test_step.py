@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sepico import augment, losses
-from sepico.config import AugmentationConfig
+from sepico.config import AugmentationConfig, ContrastConfig, MethodConfig
+from sepico.statistics import FeatureBank
 from sepico.taxonomies import Taxonomy
 
 
@@ -67,3 +68,20 @@ def test_a_taxonomy_survives_its_dictionary():
 def test_a_malformed_taxonomy_is_refused(classes, message):
     with pytest.raises(ValueError, match=message):
         Taxonomy.from_dict({"classes": classes})
+
+
+def test_a_full_bank_drops_its_oldest_rows():
+    bank = FeatureBank(2, 1, length=3)
+    for value in range(5):
+        bank.update(torch.full((2, 1), float(value)), torch.tensor([True, False]))
+    assert bank.rows(0).flatten().tolist() == [2, 3, 4]
+    assert len(bank.rows(1)) == 0
+    assert bank.means().flatten().tolist() == [3, 0]
+    restored = FeatureBank(2, 1, length=3)
+    restored.load_state_dict(bank.state_dict())
+    assert restored.rows(0).tolist() == bank.rows(0).tolist()
+
+
+def test_stage_weights_need_one_projection_a_stage():
+    with pytest.raises(ValueError, match=r"stage_weights has 2 weights"):
+        MethodConfig(contrast=ContrastConfig(stage_weights=(1.0, 0.5)))
