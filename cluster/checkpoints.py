@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ import xxhash
 from safetensors.torch import save_file
 
 from cluster.checkpoint_format import (
-    FOLDER,
     Checkpoint,
     list_checkpoints,
     read_file,
     read_weights,
 )
 from cluster.engine import Engine
+from cluster.lease import Lease
 from cluster.storage import Storage
 from sepico.contrast import PixelContrast
 from sepico.teacher import Teacher
@@ -27,13 +27,18 @@ TAG = "deepspeed"
 
 def save_checkpoint(
     storage: Storage,
+    lease: Lease,
     step: int,
     engine: Engine,
     teacher: Teacher | None,
     contrast: PixelContrast | None,
     keep: int = 2,
 ) -> None:
-    """Write the state after `step` steps and drop all but the newest `keep`. A collective."""
+    """Write the state after `step` steps and drop all but the newest `keep`. A collective.
+
+    Raises LeaseError on rank 0, and commits nothing, if another writer took the run over.
+    """
+    checkpoint = Checkpoint(step, lease.generation, dist.get_world_size(), engine.stage, {})
     student = engine.state_dict()
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         root = Path(folder)
@@ -45,12 +50,13 @@ def save_checkpoint(
                 averages = {name: value.cpu().contiguous() for name, value in averages.items()}
                 save_file(averages, root / "teacher.safetensors")
                 save_file(contrast.state_dict(), root / "statistics.safetensors")
-        files = _upload(storage, root, f"{FOLDER}/step-{step:08d}")
+        files = _upload(storage, root, checkpoint.prefix)
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, files)
     if dist.get_rank() == 0:
         merged = {name: checksum for share in shares for name, checksum in share.items()}
-        checkpoint = Checkpoint(step, dist.get_world_size(), engine.stage, merged)
+        checkpoint = replace(checkpoint, files=merged)
+        lease.renew(storage)
         manifest = json.dumps(asdict(checkpoint), indent=1).encode()
         storage.put(f"{checkpoint.prefix}/manifest.json", manifest)
         for old in list_checkpoints(storage)[:-keep]:

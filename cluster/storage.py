@@ -25,7 +25,12 @@ import botocore.exceptions
 import obstore
 import pyarrow.fs
 from obstore.auth.boto3 import Boto3CredentialProvider
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 from obstore.store import LocalStore, S3Store
 
 CREDENTIALS_FIX = (
@@ -41,6 +46,10 @@ RETRIES = 3
 
 class StorageError(ValueError):
     """One line that names the URL or key and the fix."""
+
+
+class MissingObjectError(StorageError):
+    """The one line of an object that is not there."""
 
 
 @dataclass
@@ -97,6 +106,20 @@ class Storage:
                 Path(self._path).mkdir(parents=True, exist_ok=True)
             obstore.put(self._store, key, data)
 
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object that is not there yet; False, and nothing written, if it is.
+
+        Of several writers at once one gets True, or none where its reply was lost on the way.
+        """
+        with self._errors_name(key):
+            if self._scheme == "file":
+                Path(self._path).mkdir(parents=True, exist_ok=True)
+            try:
+                obstore.put(self._store, key, data, mode="create")
+            except AlreadyExistsError:
+                return False
+            return True
+
     def exists(self, key: str) -> bool:
         with self._errors_name(key):
             try:
@@ -144,7 +167,9 @@ class Storage:
             yield
         except (BaseError, OSError) as error:
             where = f"{self.url}/{key}".rstrip("/")
-            raise StorageError(f"{where}: {self._reason(error)}") from None
+            missing = isinstance(error, FileNotFoundError)
+            kind = MissingObjectError if missing else StorageError
+            raise kind(f"{where}: {self._reason(error)}") from None
 
     def _reason(self, error: Exception) -> str:
         text = str(error)

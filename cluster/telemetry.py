@@ -70,12 +70,19 @@ class ProgressActor:
 
     def __init__(self) -> None:
         self._latest: dict[str, Any] = {}
+        self._notes: list[str] = []
 
     def update(self, done: int, total: int, shown: dict[str, str]) -> None:
         self._latest = {"done": done, "total": total, "shown": shown}
 
-    def latest(self) -> dict[str, Any]:
-        return self._latest
+    def note(self, line: str) -> None:
+        """Show a line once."""
+        self._notes.append(line)
+
+    def latest(self) -> tuple[dict[str, Any], list[str]]:
+        """Progress, and the lines since the last call."""
+        notes, self._notes = self._notes, []
+        return self._latest, notes
 
 
 class ProgressDisplay:
@@ -100,9 +107,11 @@ class ProgressDisplay:
         while not finished:
             finished = self._done.wait(0.5 if terminal else 5.0)
             try:
-                latest = ray.get(self._actor.latest.remote(), timeout=5)
+                latest, notes = ray.get(self._actor.latest.remote(), timeout=5)
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
                 continue
+            for line in notes:
+                tqdm.write(line, file=sys.stderr)
             if not latest:
                 continue
             if bar is None:

@@ -12,8 +12,9 @@ import ray.train
 from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.checkpoint_format import list_checkpoints
+from cluster.checkpoint_format import delete_incomplete, list_checkpoints
 from cluster.config import TrainConfig
+from cluster.lease import hold_lease
 from cluster.loader import check_data
 from cluster.shards import read_manifest
 from cluster.storage import (
@@ -53,7 +54,8 @@ def connect_ray() -> None:
 def train(config: TrainConfig) -> dict[str, Any]:
     """Create or continue a run; returns the last validation's metrics and the run's URL.
 
-    Raises ValueError (one line: what is wrong and the fix) before any worker starts.
+    Raises ValueError (one line: what is wrong and the fix) before any worker starts; LeaseError,
+    one of these, where another writer holds the run.
     """
     config = resolve(config)
     run = open_storage(config.run, config.storage)
@@ -62,19 +64,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check_model(config.model, (config.data.crop_height, config.data.crop_width))
     connect_ray()
     cpus = place(config.workers, config.cpus_per_worker, config.placement_timeout)
-    run.put(CONFIG, json.dumps(asdict(config), indent=1).encode())
-    config = replace(config, cpus_per_worker=cpus)
-    progress = ProgressActor.remote()
-    with ProgressDisplay(progress, config.method, "step"):
-        metrics = launch(
-            "cluster.worker:train_worker",
-            {"config": config, "run_url": config.run, "progress": progress},
-            workers=config.workers,
-            cpus=config.cpus_per_worker,
-            storage=config.storage,
-            folder=config.run,
-            max_failures=config.max_failures,
-        )
+    with hold_lease(run) as lease:
+        _check_config(run, config)  # once more: another writer may have begun the run since
+        run.put(CONFIG, json.dumps(asdict(config), indent=1).encode())
+        delete_incomplete(run)
+        progress = ProgressActor.remote()
+        payload = {
+            "config": replace(config, cpus_per_worker=cpus),
+            "run_url": config.run,
+            "lease": lease,
+            "progress": progress,
+        }
+        with ProgressDisplay(progress, config.method, "step"):
+            metrics = launch(
+                "cluster.worker:train_worker",
+                payload,
+                workers=config.workers,
+                cpus=cpus,
+                storage=config.storage,
+                folder=config.run,
+                max_failures=config.max_failures,
+            )
     return {**metrics, "run": config.run}
 
 

@@ -13,6 +13,7 @@ from cluster.checkpoints import restore_checkpoint, save_checkpoint
 from cluster.config import TrainConfig
 from cluster.engine import Engine, autocast_dtype, set_up_process
 from cluster.inference import evaluate_network
+from cluster.lease import Lease
 from cluster.loader import Batch, TrainLoader
 from cluster.storage import Storage, open_storage
 from cluster.telemetry import RunLog
@@ -24,18 +25,23 @@ from sepico.schedule import contrast_start_step, ema_decay, learning_rate
 from sepico.step import AdaptationStep, StepBatch
 from sepico.teacher import Teacher, class_weights
 
+# Ray's answer is a call to an actor and a barrier of all workers.
+PREEMPTION_POLL_STEPS = 5
+
 
 def train_worker(payload: dict[str, Any]) -> dict[str, float]:
     """Train until the last step, from the newest checkpoint of the run if there is one.
 
     Runs on every worker of a Ray Train group; `payload` holds `config` (TrainConfig with absolute
-    URLs and a resolved number of CPUs), `run_url` and `progress` (a ProgressActor). Returns the
-    last validation's metrics.
+    URLs and a resolved number of CPUs), `run_url`, `lease` and `progress` (a ProgressActor).
+    Returns the last validation's metrics. Raises LeaseError where the run has another writer.
     """
     config: TrainConfig = payload["config"]
     device = set_up_process(config.cpus_per_worker)
     run = open_storage(payload["run_url"], config.storage)
-    trainer = _Trainer(config, device, run, payload["progress"])
+    if dist.get_rank() == 0:
+        payload["lease"].renew(run)
+    trainer = _Trainer(config, device, run, payload["lease"], payload["progress"])
     try:
         return trainer.train()
     finally:
@@ -44,9 +50,15 @@ def train_worker(payload: dict[str, Any]) -> dict[str, float]:
 
 class _Trainer:
     def __init__(
-        self, config: TrainConfig, device: torch.device, run: Storage, progress: Any
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        run: Storage,
+        lease: Lease,
+        progress: Any,
     ) -> None:
-        self.config, self.device, self.run, self.progress = config, device, run, progress
+        self.config, self.device, self.progress = config, device, progress
+        self.run, self.lease = run, lease
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.steps = config.optimization.steps
         adapts = config.method != "source_only"
@@ -87,6 +99,7 @@ class _Trainer:
             class_weights(pixel_counts, config.teacher.class_weight_std).to(device),
         )
         self.log = RunLog(run, self.start) if self.rank == 0 else None
+        self.preemption: ray.train.PreemptionInfo | None = None
 
     def close(self) -> None:
         self.loader.close()
@@ -123,11 +136,23 @@ class _Trainer:
             )
             if validate:
                 validated = self._validate(student, step)
-            if done % self.config.checkpoint_every == 0 or done == self.steps:
+            drained = done % PREEMPTION_POLL_STEPS == 0 and self._is_drained(done)
+            if done % self.config.checkpoint_every == 0 or done == self.steps or drained:
                 self._save(done)
             if validate:
                 ray.train.report({"step": done, **validated})
         return validated
+
+    def _is_drained(self, done: int) -> bool:
+        """Whether a node of this run is newly being drained. Asks all ranks, they agree."""
+        before, self.preemption = self.preemption, ray.train.get_preemption_info()
+        if self.preemption in (None, before):
+            return False
+        if self.log:
+            nodes = ", ".join(self.preemption.preempted_node_to_ranks)
+            note = f"node {nodes} is being drained: checkpoint at step {done}"
+            self.progress.note.remote(note)
+        return True
 
     def _seed(self, step: int) -> None:
         """Dropout draws from torch's generator: an address a step and rank makes a resume exact."""
@@ -189,7 +214,7 @@ class _Trainer:
         return metrics
 
     def _save(self, done: int) -> None:
-        save_checkpoint(self.run, done, self.engine, self.teacher, self.contrast)
+        save_checkpoint(self.run, self.lease, done, self.engine, self.teacher, self.contrast)
         if self.log:
             self.log.sync()
 

@@ -106,7 +106,7 @@ def test_a_run_leaves_config_metrics_events_checkpoints_and_panels(trained):
     assert [line["step"] for line in metrics(run) if "student_miou" in line] == [2, 5]
     assert list((run / "tensorboard").glob("events*"))
     assert (run / "panels/step-00000003.png").read_bytes().startswith(b"\x89PNG")
-    manifest = json.loads((run / "checkpoints/step-00000006/manifest.json").read_text())
+    manifest = json.loads((run / "checkpoints/step-00000006-1/manifest.json").read_text())
     assert {"student.safetensors", "teacher.safetensors"} <= set(manifest["files"])
     assert not list(run.rglob("*.tmp*"))
 
@@ -118,11 +118,11 @@ def test_contrast_starts_at_its_iteration(trained):
 
 def test_the_same_command_continues_and_a_finished_run_stays_as_it_is(trained):
     run, options = trained
-    before = (run / "checkpoints/step-00000006/student.safetensors").read_bytes()
+    before = (run / "checkpoints/step-00000006-1/student.safetensors").read_bytes()
     job = run_job("jobs.train", options)
     assert job.returncode == 0, job.stderr
     assert load(before).keys() == final_weights(run).keys()
-    assert (run / "checkpoints/step-00000006/student.safetensors").read_bytes() == before
+    assert (run / "checkpoints/step-00000006-1/student.safetensors").read_bytes() == before
 
 
 def test_one_worker_and_two_workers_see_the_same_losses(trained, tmp_path):
@@ -161,7 +161,7 @@ def test_training_from_s3_gives_the_losses_of_files(trained, s3, folder, write_d
 def test_a_killed_run_started_again_ends_as_if_never_killed(trained, tmp_path):
     run, options = trained
     killed = {**options, "runs": str(tmp_path)}
-    manifest = tmp_path / "first/checkpoints/step-00000003/manifest.json"
+    manifest = tmp_path / "first/checkpoints/step-00000003-1/manifest.json"
     with subprocess.Popen(
         command("jobs.train", killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as job:
@@ -169,7 +169,7 @@ def test_a_killed_run_started_again_ends_as_if_never_killed(trained, tmp_path):
         while not manifest.exists() and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(job.pid, signal.SIGKILL)
-    assert not (tmp_path / "first/checkpoints/step-00000006/manifest.json").exists()
+    assert not (tmp_path / "first/checkpoints/step-00000006-1/manifest.json").exists()
     again = run_job("jobs.train", killed)
     assert again.returncode == 0, again.stderr
     for name in ("student", "teacher", "statistics"):

@@ -1,0 +1,100 @@
+"""One writer a run, whatever the store, whoever dies and however many try at once."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cluster import lease as leases
+from cluster.lease import Lease, LeaseError, hold_lease
+from cluster.storage import Storage, StorageConfig, open_storage
+
+
+@pytest.fixture(params=["file", "s3"])
+def run(request, tmp_path) -> Storage:
+    if request.param == "file":
+        return open_storage(str(tmp_path / "run"), StorageConfig())
+    server = request.getfixturevalue("s3")
+    bucket = server.make_bucket(f"lease-{time.time_ns()}")
+    return open_storage(f"{bucket}/run", StorageConfig(endpoint=server.endpoint))
+
+
+def plant(run: Storage, expires: float, generation: int = 1, owner: str = "node-7 process 42"):
+    lease = Lease(generation, owner, "token")
+    run.put(lease.key, lease.document(expires))
+    return lease
+
+
+def expiry(run: Storage) -> float:
+    return json.loads(run.get(run.list("lease")[-1]))["expires"]
+
+
+def test_a_live_lease_is_refused_with_its_owner_and_expiry(run, monkeypatch):
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 0.2)
+    with hold_lease(run) as held:
+        other = open_storage(run.url, run._config)
+        refusal = rf"{held.owner}, whose lease lasts to 20\d\d-"
+        with pytest.raises(LeaseError, match=refusal), hold_lease(other):
+            pass
+
+
+def test_a_lease_far_in_the_future_is_refused_at_once(run):
+    plant(run, time.time() + 3600)
+    with pytest.raises(LeaseError, match="node-7 process 42"), hold_lease(run):
+        pass
+
+
+def test_an_expired_lease_is_taken_over_and_its_owner_is_fenced(run):
+    old = plant(run, time.time() - 1)
+    with hold_lease(run) as held:
+        assert held.generation == 2
+        with pytest.raises(LeaseError, match=f"taken over by {held.owner}"):
+            old.renew(run)
+        held.renew(run)
+
+
+def test_a_dead_writers_lease_is_awaited(run):
+    plant(run, expires := time.time() + 1.5)
+    with hold_lease(run) as held:
+        assert time.time() >= expires
+        assert held.generation == 2
+
+
+def test_a_released_lease_is_free_and_generations_go_on(run):
+    with hold_lease(run):
+        pass
+    with hold_lease(run) as again:
+        assert again.generation == 2
+    assert run.list("lease") == [again.key]
+
+
+def test_the_heartbeat_extends_the_lease(run, monkeypatch):
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 0.05)
+    with hold_lease(run):
+        first = expiry(run)
+        deadline = time.monotonic() + 20
+        while expiry(run) == first and time.monotonic() < deadline:
+            pass
+        assert expiry(run) > first
+
+
+def test_of_many_writers_at_once_one_holds_the_run(run):
+    plant(run, time.time() - 1)
+    writers = 8
+    tried = threading.Barrier(writers)
+
+    def write(_) -> bool:
+        mine = open_storage(run.url, run._config)
+        tried.wait()
+        try:
+            with hold_lease(mine):
+                tried.wait(timeout=60)
+                return True
+        except LeaseError:
+            tried.wait(timeout=60)
+            return False
+
+    with ThreadPoolExecutor(writers) as pool:
+        assert sum(pool.map(write, range(writers))) == 1

@@ -1,0 +1,107 @@
+"""The life of a run beside other writers and on nodes that go away."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from cluster.checkpoint_format import list_checkpoints
+from cluster.lease import Lease
+from cluster.storage import StorageConfig, open_storage
+from tests.jobs.test_train import TINY, command, data, metrics, run_job  # noqa: F401 (data is a fixture)
+
+# More steps than any of these tests waits for.
+ENDLESS = {"optimization.iterations": "100000", "checkpoint_every": "1000", "max_failures": "0"}
+
+
+def wait_until(condition, job: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert job.poll() is None, job.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def start(options: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command("jobs.train", options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_second_writer_is_refused_and_a_fenced_one_commits_nothing(
+    ray_cluster,
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    options = {**TINY, **data, **ENDLESS, "runs": str(tmp_path), "run": "one"}
+    run = open_storage(str(tmp_path / "one"), StorageConfig())
+    with start({**options, "checkpoint_every": "20"}) as job:
+        wait_until(lambda: list_checkpoints(run), job)
+
+        second = run_job("jobs.train", options)
+        assert second.returncode != 0
+        assert f"process {job.pid}, whose lease lasts to" in second.stderr.splitlines()[-1]
+
+        thief = Lease(2, "elsewhere process 1", "token")
+        run.put(thief.key, thief.document(time.time() + 3600))
+        _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "was taken over by elsewhere process 1" in errors.splitlines()[-1]
+    assert {checkpoint.generation for checkpoint in list_checkpoints(run)} == {1}
+
+
+@pytest.fixture
+def nodes():
+    """A cluster of a head that holds no worker and two nodes of one."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+def drain(cluster: Cluster, node_id: str, seconds: int) -> None:
+    subprocess.run(
+        [
+            Path(sys.executable).parent / "ray", "drain-node", f"--address={cluster.address}",
+            f"--node-id={node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message=spot instance reclaimed",
+            f"--deadline-remaining-seconds={seconds}",
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+
+
+def test_a_drained_node_gets_a_checkpoint_and_the_run_goes_on_elsewhere(
+    nodes,
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    options = {**TINY, **data, **ENDLESS, "runs": str(tmp_path), "run": "drained"}
+    run = open_storage(str(tmp_path / "drained"), StorageConfig())
+
+    def starts() -> int:
+        return len(list((tmp_path / "drained/tensorboard").glob("events*")))
+
+    with start(options) as job:
+        wait_until(starts, job)
+        drain(nodes, nodes.list_all_nodes()[-1].node_id, seconds=15)
+        nodes.add_node(num_cpus=1)
+        wait_until(lambda: list_checkpoints(run), job)
+        (saved,) = list_checkpoints(run)
+        assert saved.step < 1000
+        wait_until(lambda: starts() == 2, job)
+        job.kill()
+        _, shown = job.communicate()
+    assert f"is being drained: checkpoint at step {saved.step}" in shown
+    lines = metrics(tmp_path / "drained")
+    steps = [line["step"] for line in lines if "source_ce" in line]
+    assert steps == list(range(len(steps))), "a step is missing or was written twice"
+    assert len(steps) > saved.step
