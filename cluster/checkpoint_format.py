@@ -1,21 +1,28 @@
-"""Complete checkpoints of a run: which there are, and their verified bytes.
+"""Complete checkpoints of a run: which there are, and their verified contents.
 
 A checkpoint is its manifest: files of all ranks come first, then a manifest with their checksums.
 No manifest, no checkpoint: a kill in the middle of a write leaves files that nothing points at.
 
-    checkpoints/step-00000600-1/deepspeed/...            student and optimiser, per rank
-    checkpoints/step-00000600-1/student.safetensors      full float32 weights and buffers
-    checkpoints/step-00000600-1/teacher.safetensors
-    checkpoints/step-00000600-1/statistics.safetensors
-    checkpoints/step-00000600-1/manifest.json            written last
+    checkpoints/step-00000600-1/student-00000.safetensors    weights, float32: rank 0's part
+    checkpoints/step-00000600-1/optimizer-00000.safetensors  Adam moments
+    checkpoints/step-00000600-1/teacher-00000.safetensors
+    checkpoints/step-00000600-1/buffers.safetensors          batch-norm buffers, class statistics
+    checkpoints/step-00000600-1/manifest.json                written last
 
-The last number is the generation of the writer's lease: a writer that lost its run and does not
-know it yet cannot overwrite its successor's files.
+The last number of the folder is the generation of the writer's lease: a writer that lost its run
+and does not know it yet cannot overwrite its successor's files. A part is a list of runs of the
+vector of all parameters (see `cluster.partitions`); the manifest says which.
 """
 
 import json
-from dataclasses import dataclass
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import accumulate
 
+import torch
 import xxhash
 from safetensors.torch import load
 from torch import Tensor
@@ -23,17 +30,35 @@ from torch import Tensor
 from cluster.storage import Storage
 
 FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+# The file that holds a vector, by the vector's name.
+FILE_OF = {
+    "student": "student",
+    "teacher": "teacher",
+    "exp_avg": "optimizer",
+    "exp_avg_sq": "optimizer",
+}
+READERS = 4  # files read at once
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: `step` optimiser steps are done, `files` maps names to checksums."""
+    """A complete checkpoint, as its manifest describes it.
 
-    step: int
+    `runs` gives, for a file, the (start, number) of the elements that it holds, in its order.
+    """
+
+    step: int  # optimiser steps done
     generation: int
     world_size: int
     zero_stage: int
-    files: dict[str, str]
+    shapes: dict[str, list[int]]  # of the parameters, by name, in the order of the vectors
+    optimizer_steps: dict[str, int]  # by group name
+    metrics: dict[str, float] = field(default_factory=dict)  # of the validation at this step
+    files: dict[str, str] = field(default_factory=dict)  # name -> xxh3-64 of the content
+    runs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
 
     @property
     def prefix(self) -> str:
@@ -42,9 +67,20 @@ class Checkpoint:
 
 def list_checkpoints(storage: Storage) -> list[Checkpoint]:
     """Complete checkpoints of a run, oldest first."""
-    manifests = [key for key in storage.list(FOLDER) if key.endswith("/manifest.json")]
-    found = [Checkpoint(**json.loads(storage.get(key))) for key in manifests]
+    manifests = [key for key in storage.list(FOLDER) if key.endswith(f"/{MANIFEST}")]
+    found = [_parse(storage, key) for key in manifests]
     return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.generation))
+
+
+def _parse(storage: Storage, key: str) -> Checkpoint:
+    fields = json.loads(storage.get(key))
+    version = fields.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{storage.url}/{key} has format_version {version}, this code reads {FORMAT_VERSION}: "
+            "use the release that wrote it, or start another --run"
+        )
+    return Checkpoint(**fields)
 
 
 def delete_incomplete(storage: Storage) -> None:
@@ -55,18 +91,77 @@ def delete_incomplete(storage: Storage) -> None:
             storage.delete(key)
 
 
-def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
-    """One file of a checkpoint; ValueError that names it when its checksum does not match."""
+def delete_checkpoint(storage: Storage, checkpoint: Checkpoint) -> None:
+    """The manifest goes first: what is left of an interrupted deletion is no checkpoint."""
+    storage.delete(f"{checkpoint.prefix}/{MANIFEST}")
+    for name in checkpoint.files:
+        storage.delete(f"{checkpoint.prefix}/{name}")
+
+
+def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """The tensors of one file; ValueError that names it when it is missing or damaged."""
     key = f"{checkpoint.prefix}/{name}"
     content = storage.get(key)
     if xxhash.xxh3_64_hexdigest(content) != checkpoint.files[name]:
         raise ValueError(
             f"{storage.url}/{key} is damaged: its checksum is not the manifest's; "
-            f"delete {checkpoint.prefix}/manifest.json to fall back to the checkpoint before"
+            f"delete {checkpoint.prefix}/{MANIFEST} to fall back to the checkpoint before"
         )
-    return content
+    return load(content)
+
+
+def read_runs(
+    storage: Storage, checkpoint: Checkpoint, vector: str, runs: list[tuple[int, int]]
+) -> list[Tensor]:
+    """The values of runs of a vector, each 1-D float32, from the files that hold a part of them."""
+    results = [torch.empty(count) for _, count in runs]
+
+    def copy(name: str) -> int:
+        overlaps = list(_overlaps(runs, checkpoint.runs[name]))
+        if overlaps:
+            values = read_file(storage, checkpoint, name)[vector]
+            for i, to, place, count in overlaps:
+                results[i][to : to + count] = values[place : place + count]
+        return sum(count for *_, count in overlaps)
+
+    names = [name for name in checkpoint.runs if name.startswith(f"{FILE_OF[vector]}-")]
+    with ThreadPoolExecutor(READERS) as pool:
+        copied = sum(pool.map(copy, names))
+    if copied != sum(count for _, count in runs):
+        raise ValueError(f"{storage.url}/{checkpoint.prefix} holds only a part of {vector}")
+    return results
+
+
+def _overlaps(
+    wanted: list[tuple[int, int]], stored: list[tuple[int, int]]
+) -> Iterator[tuple[int, int, int, int]]:
+    """(index of a wanted run, offset in it, offset in the file, elements); `stored` is sorted."""
+    starts = [start for start, _ in stored]
+    places = list(accumulate((count for _, count in stored), initial=0))
+    for i, (start, count) in enumerate(wanted):
+        at = max(bisect_right(starts, start) - 1, 0)
+        while at < len(stored) and starts[at] < start + count:
+            first, last = max(start, starts[at]), min(start + count, starts[at] + stored[at][1])
+            if first < last:
+                yield i, first - start, places[at] + first - starts[at], last - first
+            at += 1
 
 
 def read_weights(storage: Storage, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """Tensors of `name`.safetensors."""
-    return load(read_file(storage, checkpoint, f"{name}.safetensors"))
+    """Whole float32 weights and buffers of "student" or "teacher", by parameter name."""
+    sizes = [math.prod(shape) for shape in checkpoint.shapes.values()]
+    (vector,) = read_runs(storage, checkpoint, name, [(0, sum(sizes))])
+    weights = {
+        parameter: value.view(shape)
+        for (parameter, shape), value in zip(
+            checkpoint.shapes.items(), vector.split(sizes), strict=True
+        )
+    }
+    return weights | read_buffers(storage, checkpoint, name)
+
+
+def read_buffers(storage: Storage, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """Buffers of "student" or "teacher", or the tensors of "statistics"."""
+    stored = read_file(storage, checkpoint, "buffers.safetensors")
+    prefix = f"{name}."
+    return {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}

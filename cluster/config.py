@@ -57,6 +57,9 @@ class TrainConfig(MethodConfig):
         seed: Seed of data, augmentation and initial weights.
         log_every: Steps between lines of metrics.
         checkpoint_every: Steps between checkpoints.
+        keep_last: Newest checkpoints that are kept.
+        keep_best: Checkpoints kept besides for the student's mIoU; a checkpoint has one if its
+            step is validated, so make `validation.every` a multiple of `checkpoint_every`.
         panel_every: Steps between pictures of a step.
     """
 
@@ -69,6 +72,8 @@ class TrainConfig(MethodConfig):
     seed: int = 76
     log_every: int = 10
     checkpoint_every: int = 1000
+    keep_last: int = 2
+    keep_best: int = 1
     panel_every: int = 500
     data: DataConfig = field(default_factory=DataConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -77,9 +82,11 @@ class TrainConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("workers", "log_every", "checkpoint_every", "panel_every"):
+        for name in ("workers", "log_every", "checkpoint_every", "keep_last", "panel_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.keep_best < 0:
+            raise ValueError(f"keep_best is {self.keep_best}: it must not be negative")
         if self.optimization.global_batch % self.workers:
             raise ValueError(
                 f"optimization.global_batch {self.optimization.global_batch} is not divisible by "

@@ -9,7 +9,7 @@ reduction is coalesced; flat ZeRO partitions feed zeros to parameters that have 
 import ctypes
 import importlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,15 +19,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.config import EngineConfig
+from cluster.partitions import held_weights
 from sepico.config import OptimizationConfig
 from sepico.schedule import learning_rate
+from sepico.teacher import Teacher
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 # DeepSpeed reports every import and step on stdout of every rank unless told otherwise.
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 import deepspeed
-from deepspeed.utils import safe_get_full_fp32_param
+
+# A parameter kept whole on every rank would not see what is written to its shard.
+ZERO_3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
@@ -179,18 +183,25 @@ class Engine:
             )
             group["lr"] = 0.0 if group["paused"] else rate * group["multiplier"]
 
-    def full_parameters(self) -> Iterator[Tensor]:
-        """Float32 parameters in the module's order; a collective under stage 3."""
-        for parameter in self.module.module.parameters():
-            yield safe_get_full_fp32_param(parameter) if self.stage == 3 else parameter.detach()
+    def update_teacher(self, teacher: Teacher, alpha: float) -> None:
+        """EMA of what this rank holds: under stage 3 shard by shard, without communication."""
+        teacher.update(held_weights(self.module.module), alpha)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Full float32 weights and buffers by name; a collective under stage 3."""
-        module = self.module.module
-        state = module.state_dict()
-        names = (name for name, _ in module.named_parameters())
-        state.update(zip(names, self.full_parameters(), strict=True))
-        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+def shard_teacher(teacher: Teacher) -> None:
+    """Leave each rank its ZeRO-3 shard of the teacher, gathered layer by layer in its passes."""
+    world_size = dist.get_world_size()
+    deepspeed.initialize(
+        model=teacher.network,
+        config={
+            "train_batch_size": world_size,
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": ZERO_3,
+            "steps_per_print": 1_000_000_000,
+        },
+        dist_init_required=False,
+    )
+    teacher.weights = held_weights(teacher.network)
 
 
 def deepspeed_config(config: EngineConfig, optimization: OptimizationConfig) -> dict[str, Any]:
@@ -201,7 +212,7 @@ def deepspeed_config(config: EngineConfig, optimization: OptimizationConfig) -> 
         "train_micro_batch_size_per_gpu": optimization.global_batch // world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # the default is 1.0
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": ZERO_3 if config.zero_stage == 3 else {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,

@@ -159,7 +159,7 @@ def load_file_network(url: str, storage: StorageConfig) -> Segmentor:
 def networks_of(checkpoint: Checkpoint) -> list[str]:
     """Which of "student" and "teacher" a checkpoint holds."""
     names = ("student", "teacher")
-    return [name for name in names if f"{name}.safetensors" in checkpoint.files]
+    return [name for name in names if f"{name}-00000.safetensors" in checkpoint.files]
 
 
 def load_network(

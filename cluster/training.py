@@ -12,7 +12,6 @@ import ray.train
 from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.checkpoint_format import delete_incomplete, list_checkpoints
 from cluster.config import TrainConfig
 from cluster.lease import hold_lease
 from cluster.loader import check_data
@@ -32,7 +31,8 @@ CONFIG = "config.json"
 # What a continued run may change: where and how long it runs, not what it computes.
 _CHANGEABLE = {
     "run", "runs", "workers", "cpus_per_worker", "placement_timeout", "max_failures",
-    "log_every", "checkpoint_every", "panel_every", "storage", "validation",
+    "log_every", "checkpoint_every", "keep_last", "keep_best", "panel_every", "storage",
+    "validation",
 }  # fmt: skip
 
 
@@ -67,7 +67,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with hold_lease(run) as lease:
         _check_config(run, config)  # once more: another writer may have begun the run since
         run.put(CONFIG, json.dumps(asdict(config), indent=1).encode())
-        delete_incomplete(run)
         progress = ProgressActor.remote()
         payload = {
             "config": replace(config, cpus_per_worker=cpus),
@@ -144,12 +143,6 @@ def _check_config(run: Storage, config: TrainConfig) -> None:
     """Refuse to continue a run with a configuration that contradicts its own."""
     if not run.exists(CONFIG):
         return
-    done = list_checkpoints(run)
-    if done and done[-1].world_size != config.workers:
-        raise ValueError(
-            f"run {run.url} has a checkpoint of {done[-1].world_size} workers, now workers is "
-            f"{config.workers}: continue with the same number or give another --run"
-        )
     wanted = json.loads(json.dumps(asdict(config)))
     for key, (old, new) in _differences(load_config(run), wanted).items():
         raise ValueError(

@@ -8,10 +8,10 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from cluster.checkpoint_format import list_checkpoints
-from cluster.checkpoints import restore_checkpoint, save_checkpoint
+from cluster.checkpoint_format import delete_incomplete, list_checkpoints
+from cluster.checkpoints import CheckpointWriter, RunState, restore_checkpoint
 from cluster.config import TrainConfig
-from cluster.engine import Engine, autocast_dtype, set_up_process
+from cluster.engine import Engine, autocast_dtype, set_up_process, shard_teacher
 from cluster.inference import evaluate_network
 from cluster.lease import Lease
 from cluster.loader import Batch, TrainLoader
@@ -41,6 +41,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, float]:
     run = open_storage(payload["run_url"], config.storage)
     if dist.get_rank() == 0:
         payload["lease"].renew(run)
+        delete_incomplete(run)
     trainer = _Trainer(config, device, run, payload["lease"], payload["progress"])
     try:
         return trainer.train()
@@ -58,7 +59,7 @@ class _Trainer:
         progress: Any,
     ) -> None:
         self.config, self.device, self.progress = config, device, progress
-        self.run, self.lease = run, lease
+        self.run = run
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.steps = config.optimization.steps
         adapts = config.method != "source_only"
@@ -79,7 +80,11 @@ class _Trainer:
             config.optimization,
             projection_start=contrast_start_step(config.contrast.start, config.optimization),
         )
+        if self.teacher is not None and self.engine.stage == 3:
+            shard_teacher(self.teacher)
+        self.state = RunState(self.engine, self.teacher, self.contrast)
         self.start = self._restore()
+        self.checkpoints = CheckpointWriter(run, lease, config.keep_last, config.keep_best)
         self.loader = TrainLoader(
             config.data,
             config.storage,
@@ -103,6 +108,7 @@ class _Trainer:
 
     def close(self) -> None:
         self.loader.close()
+        self.checkpoints.close()
         if self.log:
             self.log.close()
 
@@ -110,7 +116,7 @@ class _Trainer:
         existing = list_checkpoints(self.run)
         if not existing:
             return 0
-        return restore_checkpoint(self.run, existing[-1], self.engine, self.teacher, self.contrast)
+        return restore_checkpoint(self.run, existing[-1], self.state)
 
     def train(self) -> dict[str, float]:
         validated: dict[str, float] = {}
@@ -124,7 +130,7 @@ class _Trainer:
             if self.teacher is not None:
                 optimization, alpha = self.config.optimization, self.config.teacher.ema_alpha
                 decay = ema_decay(step, optimization, alpha)
-                self.teacher.update(self.engine.full_parameters(), decay)
+                self.engine.update_teacher(self.teacher, decay)
             done = step + 1
             if done % self.config.log_every == 0 or done == self.steps:
                 self._log(step, timer)
@@ -138,7 +144,12 @@ class _Trainer:
                 validated = self._validate(student, step)
             drained = done % PREEMPTION_POLL_STEPS == 0 and self._is_drained(done)
             if done % self.config.checkpoint_every == 0 or done == self.steps or drained:
-                self._save(done)
+                if self.log:
+                    self.log.sync()  # a resume cannot write the lines before it again
+                self.checkpoints.save(done, self.state, validated if validate else {})
+            if drained or done == self.steps:
+                self.checkpoints.wait()
+            self.checkpoints.poll()
             if validate:
                 ray.train.report({"step": done, **validated})
         return validated
@@ -212,11 +223,6 @@ class _Trainer:
         if self.log:
             self.log.log(step, metrics)
         return metrics
-
-    def _save(self, done: int) -> None:
-        save_checkpoint(self.run, self.lease, done, self.engine, self.teacher, self.contrast)
-        if self.log:
-            self.log.sync()
 
 
 class _Timer:

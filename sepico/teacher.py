@@ -17,6 +17,8 @@ class Teacher:
 
     def __init__(self, network: Segmentor) -> None:
         self.network = network.requires_grad_(False)
+        # What `update` averages: a teacher that is sharded over workers puts its shards here.
+        self.weights = [parameter.detach() for parameter in network.parameters()]
 
     def _prepare(self) -> None:
         self.network.train()
@@ -44,11 +46,10 @@ class Teacher:
         return self.network(images, logits=False)[1]
 
     @torch.no_grad()
-    def update(self, student_parameters: Iterable[Tensor], alpha: float) -> None:
+    def update(self, student_weights: Iterable[Tensor], alpha: float) -> None:
         """teacher <- alpha teacher + (1 - alpha) student, float32, parameters only."""
-        pairs = zip(self.network.parameters(), student_parameters, strict=True)
-        for average, value in pairs:
-            average.lerp_(value.float(), 1 - alpha)
+        for average, value in zip(self.weights, student_weights, strict=True):
+            average.lerp_(value.view_as(average), 1 - alpha)
 
 
 def trust_mask(height: int, width: int, top: int, bottom: int) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_grad
 
 from cluster.config import EngineConfig
@@ -102,15 +103,21 @@ def student_norm(config: MethodConfig) -> BatchNormMode:
     return "frozen" if config.mic.weight else "sync"
 
 
-def result(network_state: dict, teacher: Teacher | None, contrast: PixelContrast | None):
+def full_state(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of whole weights and buffers, of a sharded network too."""
+    with GatheredParameters(list(network.parameters())):
+        return {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+
+def result(network: torch.nn.Module, teacher: Teacher | None, contrast: PixelContrast | None):
     """Tensors by "kind name": weights and buffers apart, since buffers would hide the weights."""
 
     def kind(name: str) -> str:
         return "buffer" if "running_" in name or "num_batches" in name else "weight"
 
-    state = {f"student {kind(name)} {name}": value for name, value in network_state.items()}
+    state = {f"student {kind(name)} {name}": value for name, value in full_state(network).items()}
     if teacher is not None:
-        averaged = teacher.network.state_dict()
+        averaged = full_state(teacher.network)
         state |= {f"teacher {kind(name)} {name}": value for name, value in averaged.items()}
         state |= contrast.state_dict()
     return {name: value.detach().clone() for name, value in state.items()}
@@ -132,7 +139,7 @@ def _plain_run(config: MethodConfig, steps: int) -> tuple[dict, dict]:
 
     network, teacher, contrast = build(config)
     set_batch_norm(network, student_norm(config))
-    initial = result(network.state_dict(), teacher, contrast)
+    initial = result(network, teacher, contrast)
     groups = parameter_groups(network, config.optimization)
     optimizer = torch.optim.AdamW(groups, lr=3e-5, betas=config.optimization.betas)
     step_terms = AdaptationStep(config, network.normalize, teacher, contrast)
@@ -147,7 +154,7 @@ def _plain_run(config: MethodConfig, steps: int) -> tuple[dict, dict]:
             decay = ema_decay(step, config.optimization, config.teacher.ema_alpha)
             teacher.update((p.detach() for p in network.parameters()), decay)
     gradients = {f"gradient {name}": p.grad.clone() for name, p in network.named_parameters()}
-    return initial, result(network.state_dict(), teacher, contrast) | gradients
+    return initial, result(network, teacher, contrast) | gradients
 
 
 def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str]]) -> None:
@@ -175,7 +182,7 @@ def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str
 
 
 def _train(stage: int, config: MethodConfig, steps: int, group) -> dict:
-    from cluster.engine import Engine
+    from cluster.engine import Engine, shard_teacher
 
     network, teacher, contrast = build(config, group)
     set_batch_norm(network, student_norm(config))
@@ -187,6 +194,8 @@ def _train(stage: int, config: MethodConfig, steps: int, group) -> dict:
         config.optimization,
         projection_start=config.contrast.start,
     )
+    if teacher is not None and stage == 3:
+        shard_teacher(teacher)
     gradients = {}
     optimizer_step = engine.module.step
 
@@ -203,5 +212,5 @@ def _train(stage: int, config: MethodConfig, steps: int, group) -> dict:
         engine.step(terms.terms(engine, global_batch(step, slots), step), step)
         if teacher is not None:
             decay = ema_decay(step, config.optimization, config.teacher.ema_alpha)
-            teacher.update(engine.full_parameters(), decay)
-    return result(engine.state_dict(), teacher, contrast) | gradients
+            engine.update_teacher(teacher, decay)
+    return result(network, teacher, contrast) | gradients

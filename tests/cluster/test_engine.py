@@ -33,7 +33,7 @@ def trained(request, tmp_path_factory) -> dict[tuple[int, str], dict]:
     }
 
 
-def _distance(state: dict, expected: dict, initial: dict, kind: str) -> float:
+def distance(state: dict, expected: dict, initial: dict, kind: str) -> float:
     """|theta - expected| / |expected - theta_0| over the tensors of one kind."""
     difference, moved = 0.0, 0.0
     for name, value in expected.items():
@@ -64,7 +64,7 @@ def test_gradients_equal_those_of_plain_pytorch(stage, method, plain, trained):
 )
 def test_student_equals_plain_pytorch(kind, stage, method, plain, trained):
     initial, expected = plain[method]
-    assert _distance(trained[stage, method], expected, initial, kind) < 1e-3
+    assert distance(trained[stage, method], expected, initial, kind) < 1e-3
 
 
 @pytest.mark.parametrize(("stage", "method"), ADAPTING)
@@ -74,18 +74,18 @@ def test_student_equals_plain_pytorch(kind, stage, method, plain, trained):
 )
 def test_teacher_and_statistics_equal_plain_pytorch(kind, stage, method, plain, trained):
     initial, expected = plain[method]
-    assert _distance(trained[stage, method], expected, initial, kind) < 1e-3
+    assert distance(trained[stage, method], expected, initial, kind) < 1e-3
 
 
 def test_bank_equals_plain_pytorch(plain, trained):
     initial, expected = plain["bankcl"]
-    assert _distance(trained[1, "bankcl"], expected, initial, "bank.0.rows") < 1e-3
+    assert distance(trained[1, "bankcl"], expected, initial, "bank.0.rows") < 1e-3
 
 
 def test_statistics_of_a_later_stage_equal_plain_pytorch(plain, trained):
     initial, expected = plain["distcl per stage"]
     state = trained[1, "distcl per stage"]
-    assert _distance(state, expected, initial, "statistics.1.mean") < 1e-3
+    assert distance(state, expected, initial, "statistics.1.mean") < 1e-3
 
 
 @pytest.mark.parametrize(("stage", "method"), ADAPTING)

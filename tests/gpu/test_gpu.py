@@ -1,6 +1,5 @@
 """One training step on CUDA with NCCL in bf16; skipped where there is no GPU."""
 
-import copy
 import os
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from tests.cluster.engine_ranks import BATCH, build, global_batch, method_config
+from tests.cluster.engine_ranks import BATCH, build, full_state, global_batch, method_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,7 +47,7 @@ def take_step(rank: int, world_size: int, folder: str) -> None:
         lambda _, images, features: seen.append((images[0], features[-1].dtype))
     )
     engine = Engine(network, EngineConfig(), config.optimization, projection_start=0)
-    initial = copy.deepcopy([engine.state_dict(), teacher.network.state_dict()])
+    initial = [full_state(network), full_state(teacher.network)]
 
     batch = global_batch(0, range(rank, BATCH, world_size))
     tensors = (batch.source_image, batch.source_label, batch.target_image)
@@ -57,10 +56,10 @@ def take_step(rank: int, world_size: int, folder: str) -> None:
     network.train()
     engine.step(step.terms(engine, batch, 0), 0)  # refuses terms that are not finite
     decay = ema_decay(0, config.optimization, config.teacher.ema_alpha)
-    teacher.update(engine.full_parameters(), decay)
+    engine.update_teacher(teacher, decay)
 
     assert all(torch.isfinite(value) for value in step.metrics.values()), step.metrics
-    for old, new in zip(initial, [engine.state_dict(), teacher.network.state_dict()], strict=True):
+    for old, new in zip(initial, [full_state(network), full_state(teacher.network)], strict=True):
         for part in ("encoder", "head", "projection"):
             weights = [name for name in new if name.startswith(part) and name.endswith("weight")]
             assert any((new[name] != old[name]).any() for name in weights), part
