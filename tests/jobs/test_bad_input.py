@@ -3,9 +3,7 @@
 import pytest
 
 from cluster.storage import StorageConfig, open_storage
-from tests.jobs.test_train import TINY, data, joined, run_job
-
-__all__ = ["data", "joined"]  # fixtures
+from tests.jobs.training import TINY, run_job
 
 
 @pytest.mark.parametrize(

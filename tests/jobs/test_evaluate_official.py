@@ -6,10 +6,10 @@ import pytest
 
 from cluster.evaluation import EvaluateConfig, evaluate
 from tests.conftest import NUM_CLASSES
-from tests.jobs.test_train import data, joined, run_job
+from tests.jobs.training import run_job
 from tests.sepico.test_import_official import LAST_BIAS, saved, state, stored
 
-__all__ = ["data", "joined", "state", "stored"]  # fixtures
+__all__ = ["state", "stored"]  # fixtures
 
 
 @pytest.fixture

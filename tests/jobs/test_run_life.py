@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 from cluster.checkpoint_format import list_checkpoints
 from cluster.lease import Lease
 from cluster.storage import StorageConfig, open_storage
-from tests.jobs.test_train import TINY, command, data, metrics, run_job  # noqa: F401 (data is a fixture)
+from tests.jobs.training import TINY, command, metrics, run_job
 
 # More steps than any of these tests waits for.
 ENDLESS = {"optimization.iterations": "100000", "checkpoint_every": "1000", "max_failures": "0"}
@@ -33,7 +33,7 @@ def start(options: dict[str, str]) -> subprocess.Popen:
 
 def test_a_second_writer_is_refused_and_a_fenced_one_commits_nothing(
     ray_cluster,
-    data,  # noqa: F811
+    data,
     tmp_path,
     monkeypatch,
 ):
@@ -79,7 +79,7 @@ def drain(cluster: Cluster, node_id: str, seconds: int) -> None:
 
 def test_a_drained_node_gets_a_checkpoint_and_the_run_goes_on_elsewhere(
     nodes,
-    data,  # noqa: F811
+    data,
     tmp_path,
     monkeypatch,
 ):

@@ -5,99 +5,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from cluster.checkpoint_format import list_checkpoints, read_buffers, read_weights
 from cluster.storage import StorageConfig, open_storage
+from tests.jobs.training import STEPS, command, final_weights, losses, metrics, run_job
 
-STEPS = 6
-TINY = {
-    "model.encoder": "tu-test_efficientnet",
-    "model.encoder_weights": "null",
-    "model.head_channels": "16",
-    "model.head_dilations": "[1]",
-    "model.projection_channels": "16",
-    "model.dropout": "0",  # draws per rank
-    "contrast.start": "2",
-    "contrast.temperature": "0.5",
-    "teacher.ignore_top": "0",
-    "teacher.ignore_bottom": "0",
-    "teacher.threshold": "0.3",
-    "data.crop_height": "32",
-    "data.crop_width": "64",
-    "data.rcs_min_pixels": "50",
-    "data.threads": "1",
-    "optimization.iterations": str(STEPS),
-    "optimization.global_batch": "4",
-    "optimization.reference_batch": "4",
-    "optimization.warmup": "0",
-    "engine.precision": "fp32",
-    "validation.every": "3",
-    "checkpoint_every": "3",
-    "panel_every": "3",
-    "log_every": "1",
-    "workers": "2",
-    "cpus_per_worker": "1",
-}
-
-
-def command(module: str, options: dict[str, str]) -> list[str]:
-    flags = [word for key, value in options.items() for word in (f"--{key}", value)]
-    return [sys.executable, "-m", module, *flags]
-
-
-def run_job(module: str, options: dict[str, str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command(module, options), capture_output=True, text=True, timeout=180)
-
-
-@pytest.fixture(scope="module")
-def joined(ray_cluster):
-    """Jobs started by these tests join the session's cluster."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", ray_cluster)
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(folder, write_dataset, tmp_path_factory) -> dict[str, str]:
-    """The folder's images as labelled source, unlabelled target and validation set."""
-    root = tmp_path_factory.mktemp("shards")
-    write_dataset(folder, open_storage(str(root / "labelled"), StorageConfig()))
-    write_dataset(folder, open_storage(str(root / "unlabelled"), StorageConfig()), labels=False)
-    return {
-        "data.source": str(root / "labelled"),
-        "data.target": str(root / "unlabelled"),
-        "validation.data": str(root / "labelled"),
-    }
-
-
-@pytest.fixture(scope="module")
-def trained(joined, data, tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """A finished run's folder and the options that made it."""
-    runs = tmp_path_factory.mktemp("runs")
-    options = {**TINY, **data, "runs": str(runs), "run": "first"}
-    job = run_job("jobs.train", options)
-    assert job.returncode == 0, job.stderr
-    return runs / "first", options
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(lines: list[dict]) -> list[tuple]:
-    return [(line["step"], line["source_ce"], line["mix_ce"]) for line in lines if "mix_ce" in line]
-
-
-def final_weights(url: str | Path, name: str = "student") -> dict[str, torch.Tensor]:
-    storage = open_storage(str(url), StorageConfig())
-    read = read_buffers if name == "statistics" else read_weights
-    return read(storage, list_checkpoints(storage)[-1], name)
+pytestmark = pytest.mark.usefixtures("joined")
 
 
 def test_a_run_leaves_config_metrics_events_checkpoints_and_panels(trained):

@@ -1,0 +1,41 @@
+"""Data and a finished run that several tests of jobs look at. Read only."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.storage import StorageConfig, open_storage
+from tests.jobs.training import TINY, run_job
+
+
+@pytest.fixture(scope="module")
+def joined(ray_cluster):
+    """Jobs started by these tests join the session's cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", ray_cluster)
+        yield
+
+
+@pytest.fixture(scope="session")
+def data(folder, write_dataset, tmp_path_factory) -> dict[str, str]:
+    """The folder's images as labelled source, unlabelled target and validation set."""
+    root = tmp_path_factory.mktemp("shards")
+    write_dataset(folder, open_storage(str(root / "labelled"), StorageConfig()))
+    write_dataset(folder, open_storage(str(root / "unlabelled"), StorageConfig()), labels=False)
+    return {
+        "data.source": str(root / "labelled"),
+        "data.target": str(root / "unlabelled"),
+        "validation.data": str(root / "labelled"),
+    }
+
+
+@pytest.fixture(scope="session")
+def trained(ray_cluster, data, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A finished run's folder and the options that made it."""
+    runs = tmp_path_factory.mktemp("runs")
+    options = {**TINY, **data, "runs": str(runs), "run": "first"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", ray_cluster)
+        job = run_job("jobs.train", options)
+    assert job.returncode == 0, job.stderr
+    return runs / "first", options
