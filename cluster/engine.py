@@ -8,6 +8,7 @@ reduction is coalesced; flat ZeRO partitions feed zeros to parameters that have 
 
 import ctypes
 import importlib
+import math
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -127,6 +128,10 @@ def set_up_process(cpus: int) -> torch.device:
     return ray.train.torch.get_device()
 
 
+class DivergenceError(FloatingPointError):
+    """A gradient or loss is NaN or infinite; the optimiser has not moved. Raised by all ranks."""
+
+
 class Engine:
     """The student under DeepSpeed. Call it like the network; `step` takes an iterator of terms."""
 
@@ -141,6 +146,7 @@ class Engine:
         self.stage = config.zero_stage
         self.optimization = optimization
         self.projection_start = projection_start
+        self.gradient_norm = math.nan  # of the latest step, over all parameters and ranks
         groups = parameter_groups(network, optimization)
         optimizer = PausableAdamW(groups, lr=optimization.lr, betas=optimization.betas)
         self.module, _, _, _ = deepspeed.initialize(
@@ -156,24 +162,32 @@ class Engine:
     def step(self, terms: Iterable[Tensor], step: int) -> None:
         """Backward of each term as it comes, then the optimiser step of 0-based step `step`.
 
-        Raises FloatingPointError before the optimiser moves if a term is not finite.
+        Raises DivergenceError before the optimiser moves if a term or a gradient is not finite on
+        any rank.
         """
         self._set_rates(step)
         if not self.stage:  # stage 0 has no coalescing: accumulate locally, reduce once below
             self.module.set_gradient_accumulation_boundary(False)
         with self.module.coalesce_grad_reduction() if self.stage else nullcontext():
             # Leaving the block reduces gradients with all ranks, so nothing may raise inside it.
-            values = []
             for term in terms:
-                values.append(term.detach())
-                self.module.backward(term)
-        if not torch.isfinite(torch.stack(values)).all():
-            found = [value.item() for value in values]
-            raise FloatingPointError(f"the loss terms of step {step} are {found}: lower the rate")
-        if not self.stage:
+                # A loss that is not finite makes the gradient so: its norm tells all ranks.
+                poison = torch.where(term.detach().isfinite(), 1.0, math.nan)
+                self.module.backward(term * poison)
+        if self.stage:
+            self.module.step()  # leaves everything as it is where the global norm is not finite
+            diverged = self.module.optimizer.overflow
+            self.gradient_norm = math.nan if diverged else float(self.module.get_global_grad_norm())
+        else:
             self.module.set_gradient_accumulation_boundary(True)
             self.module.allreduce_gradients()
-        self.module.step()
+            gradients = [p.grad for p in self.module.module.parameters() if p.grad is not None]
+            self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+            diverged = not math.isfinite(self.gradient_norm)
+            if not diverged:
+                self.module.step()
+        if diverged:
+            raise DivergenceError(f"the gradient of step {step} is not finite")
 
     def _set_rates(self, step: int) -> None:
         rate = learning_rate(step, self.optimization)

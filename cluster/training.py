@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,6 +34,13 @@ _CHANGEABLE = {
     "log_every", "checkpoint_every", "keep_last", "keep_best", "panel_every", "storage",
     "validation",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """What a worker returns when the numbers are not finite: starting again would not help."""
+
+    reason: str
 
 
 def connect_ray() -> None:
@@ -84,6 +91,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 folder=config.run,
                 max_failures=config.max_failures,
             )
+    if isinstance(metrics, Diverged):
+        raise ValueError(f"run {config.run}: {metrics.reason}")
     return {**metrics, "run": config.run}
 
 
@@ -215,8 +224,8 @@ def launch(
 ) -> Any:
     """Run `worker` ("module:function", called with `payload`) on a Ray Train group.
 
-    Returns rank 0's return value. Raises ValueError with the worker's own message for bad data
-    and for a loss that is not finite, RuntimeError for anything else.
+    Returns rank 0's return value. Raises ValueError with the worker's own message for bad data,
+    RuntimeError for anything else.
     """
     filesystem, path = pyarrow_filesystem(folder, storage)
     parent, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
@@ -246,7 +255,7 @@ def launch(
         # Ray wraps what a worker raised; the others fail with it, in their collectives.
         causes = [getattr(failure, "_base_exc", failure) for failure in failures.values()]
         for cause in causes:
-            if isinstance(cause, (ValueError, FloatingPointError)):
+            if isinstance(cause, ValueError):
                 raise ValueError(str(cause)) from error
         raise RuntimeError(str(causes[0])) from error
 

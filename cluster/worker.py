@@ -11,12 +11,19 @@ import torch.distributed as dist
 from cluster.checkpoint_format import delete_incomplete, list_checkpoints
 from cluster.checkpoints import CheckpointWriter, RunState, restore_checkpoint
 from cluster.config import TrainConfig
-from cluster.engine import Engine, autocast_dtype, set_up_process, shard_teacher
+from cluster.engine import (
+    DivergenceError,
+    Engine,
+    autocast_dtype,
+    set_up_process,
+    shard_teacher,
+)
 from cluster.inference import evaluate_network
 from cluster.lease import Lease
 from cluster.loader import Batch, TrainLoader
 from cluster.storage import Storage, open_storage
 from cluster.telemetry import RunLog
+from cluster.training import Diverged
 from sepico.contrast import PixelContrast
 from sepico.network import Segmentor, build_segmentor
 from sepico.normalization import set_batch_norm
@@ -29,12 +36,13 @@ from sepico.teacher import Teacher, class_weights
 PREEMPTION_POLL_STEPS = 5
 
 
-def train_worker(payload: dict[str, Any]) -> dict[str, float]:
+def train_worker(payload: dict[str, Any]) -> dict[str, float] | Diverged:
     """Train until the last step, from the newest checkpoint of the run if there is one.
 
     Runs on every worker of a Ray Train group; `payload` holds `config` (TrainConfig with absolute
     URLs and a resolved number of CPUs), `run_url`, `lease` and `progress` (a ProgressActor).
-    Returns the last validation's metrics. Raises LeaseError where the run has another writer.
+    Returns the last validation's metrics, or, of a run that diverged, what `Diverged` says: an
+    error would be tried again. Raises LeaseError where the run has another writer.
     """
     config: TrainConfig = payload["config"]
     device = set_up_process(config.cpus_per_worker)
@@ -118,7 +126,7 @@ class _Trainer:
             return 0
         return restore_checkpoint(self.run, existing[-1], self.state)
 
-    def train(self) -> dict[str, float]:
+    def train(self) -> dict[str, float] | Diverged:
         validated: dict[str, float] = {}
         timer = _Timer(self.start)
         batches = iter(self.loader)
@@ -126,7 +134,11 @@ class _Trainer:
             batch = next(batches)
             self._seed(step)
             student = self.engine.module.module.train()
-            self.engine.step(self.step.terms(self.engine, self._to_device(batch), step), step)
+            terms = self.step.terms(self.engine, self._to_device(batch), step)
+            try:
+                self.engine.step(terms, step)
+            except DivergenceError:
+                return self._diverged(step, batch)
             if self.teacher is not None:
                 optimization, alpha = self.config.optimization, self.config.teacher.ema_alpha
                 decay = ema_decay(step, optimization, alpha)
@@ -153,6 +165,24 @@ class _Trainer:
             if validate:
                 ray.train.report({"step": done, **validated})
         return validated
+
+    def _diverged(self, step: int, batch: Batch) -> Diverged:
+        """Say what is not finite and on which samples. A collective."""
+        found = [name for name, value in self.step.metrics.items() if not value.isfinite()]
+        pairs = zip(batch.source_keys, batch.target_keys, strict=True)
+        samples = [f"{source} with {target}" for source, target in pairs]
+        shares: list[Any] = [None] * self.world_size
+        dist.all_gather_object(shares, (found, samples))
+        guilty = [share for share in shares if share[0]] or shares
+        names = sorted({name for found, _ in guilty for name in found}) or ["the gradient"]
+        keys = "; ".join(key for _, samples in guilty for key in samples)
+        self.checkpoints.wait()
+        saved = list_checkpoints(self.run)
+        return Diverged(
+            f"step {step} is not finite ({', '.join(names)}), samples {keys}: nothing was updated, "
+            f"the last checkpoint is of step {saved[-1].step if saved else 0}; lower "
+            "optimization.lr or look at these samples"
+        )
 
     def _is_drained(self, done: int) -> bool:
         """Whether a node of this run is newly being drained. Asks all ranks, they agree."""
@@ -196,6 +226,7 @@ class _Trainer:
         if "pseudo_label_right" in metrics:
             known = metrics.pop("pseudo_label_known")
             metrics["pseudo_label_accuracy"] = metrics.pop("pseudo_label_right") / max(known, 1e-9)
+        metrics["gradient_norm"] = self.engine.gradient_norm
         metrics["learning_rate"] = learning_rate(step, self.config.optimization)
         rate = timer.steps_per_second(step + 1)
         metrics["images_per_second"] = rate * self.config.optimization.global_batch

@@ -1,5 +1,6 @@
-"""What test_checkpoints runs in each of its processes."""
+"""What test_checkpoints and test_divergence run in each of their processes."""
 
+import math
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cluster.storage import Storage, StorageConfig, open_storage
 from sepico.normalization import set_batch_norm
 from sepico.schedule import ema_decay
 from sepico.step import AdaptationStep
-from tests.cluster.engine_ranks import BATCH, START, build, global_batch, method_config
+from tests.cluster.engine_ranks import BATCH, START, build, full_state, global_batch, method_config
 from tests.cluster.engine_ranks import STEPS as ALL_STEPS
 
 CONFIG = method_config("bankcl", START)
@@ -55,6 +56,33 @@ def resume(folder: Path, stage: int, of_stage: int) -> None:
     _save(own, state, done)
     _train(state, range(done, ALL_STEPS))
     _save(own, state, ALL_STEPS)
+
+
+def diverge(folder: Path, stage: int) -> None:
+    """A step with an image of NaN on the last rank; rank 0 writes FOLDER/STAGE.txt."""
+    from cluster.engine import DivergenceError
+
+    state = _state(stage)
+    _train(state, range(1))
+    network = state.engine.module.module
+    before = full_state(network)
+    terms = AdaptationStep(CONFIG, network.normalize, state.teacher, state.contrast)
+    batch = global_batch(1, range(dist.get_rank(), BATCH, dist.get_world_size()))
+    if dist.get_rank() == dist.get_world_size() - 1:
+        batch.source_image[0] = math.nan
+    try:
+        state.engine.step(terms.terms(state.engine, batch, 1), 1)
+        outcome = "no error"
+    except DivergenceError as error:
+        after = full_state(network)
+        moved = [
+            name for name, _ in network.named_parameters() if (after[name] != before[name]).any()
+        ]
+        outcome = f"{error}; moved: {moved}"
+    said: list = [None] * dist.get_world_size()
+    dist.all_gather_object(said, outcome)
+    if dist.get_rank() == 0:
+        (folder / f"{stage}.txt").write_text("\n".join(said))
 
 
 def _train(state, steps: range) -> None:

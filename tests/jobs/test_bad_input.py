@@ -66,3 +66,15 @@ def test_a_run_that_does_not_exist_is_not_evaluated(tmp_path):
     assert job.returncode != 0
     assert "no run at" in job.stderr
     assert "Traceback" not in job.stderr
+
+
+def test_a_run_that_diverges_names_terms_and_samples_and_is_not_tried_again(data, joined, tmp_path):
+    wild = {"optimization.lr": "1e30", "checkpoint_every": "1", "run": "wild"}
+    job = run_job("jobs.train", {**TINY, **data, **wild, "runs": str(tmp_path)})
+    assert job.returncode == 1
+    line = job.stderr.splitlines()[-1]
+    for part in ("step 1 is not finite", "source_ce", "frame0", "last checkpoint is of step 1"):
+        assert part in line
+    assert list((tmp_path / "wild/checkpoints").iterdir()) == [
+        tmp_path / "wild/checkpoints/step-00000001-1"
+    ]
