@@ -12,6 +12,7 @@ from cluster.checkpoint_format import list_checkpoints
 from cluster.checkpoints import restore_checkpoint, save_checkpoint
 from cluster.config import TrainConfig
 from cluster.engine import Engine, autocast_dtype, set_up_process
+from cluster.evaluation import mean_ious
 from cluster.inference import evaluate_network
 from cluster.loader import Batch, TrainLoader
 from cluster.storage import Storage, open_storage
@@ -183,7 +184,8 @@ class _Trainer:
             matrix = evaluate_network(
                 network, self.config.validation.data, self.config.storage, self.device
             )
-            metrics[f"{name}_miou"] = 100 * matrix.mean_iou()
+            means = mean_ious(matrix, self.loader.source.taxonomy)
+            metrics |= {f"{name}_{key}": 100 * mean for key, mean in means.items()}
         if self.log:
             self.log.log(step, metrics)
         return metrics

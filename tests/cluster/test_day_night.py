@@ -132,7 +132,7 @@ def test_a_reference_that_nobody_asks_for_is_not_decoded(data, monkeypatch):
 def test_day_night_is_checked_before_work_starts(data, write_target):
     assert check_data(data, STORAGE, 6, day_night=True).labelled
     bare = make_data(data.source, write_target(None))
-    with pytest.raises(ValueError, match=r"'frame000'.* no reference image.* ingest dark_zurich"):
+    with pytest.raises(ValueError, match=r"'frame000'.* no reference image.* references/ beside"):
         resolve(TrainConfig(data=bare, teacher=TeacherConfig(day_night=True)))
     resolve(TrainConfig(data=bare))
 
