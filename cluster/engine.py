@@ -29,6 +29,9 @@ os.environ.setdefault("DS_LOG_LEVEL", "error")
 import deepspeed
 from deepspeed.utils import safe_get_full_fp32_param
 
+# Gradients reduced at a time. DeepSpeed would hold a buffer of 500 million, 2 GB.
+BUCKET_ELEMENTS = 25_000_000
+
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """Dtype of the autocast for a precision, None for none."""
@@ -201,7 +204,10 @@ def deepspeed_config(config: EngineConfig, optimization: OptimizationConfig) -> 
         "train_micro_batch_size_per_gpu": optimization.global_batch // world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # the default is 1.0
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
