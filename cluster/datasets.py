@@ -6,7 +6,8 @@ lie below one folder and labels below another, with the same sub-folders and one
     ROOT/IMAGES/FOLDER/.../KEY + image suffix
     ROOT/LABELS/FOLDER/.../KEY + label suffix
 
-where FOLDER belongs to the split. KEY, the file's name without the suffix, names the sample.
+where FOLDER belongs to the split. KEY, the file's name without the suffix, names the sample. An
+image of the same place in good conditions, its reference, is found by CSV files or by its KEY.
 Whatever is missing is a ValueError of one line that names it and says where it is had from.
 """
 
@@ -39,6 +40,7 @@ class Dataset:
     unlabelled: frozenset[str] = frozenset()  # splits whose labels are not public
     subset: str | None = None  # a file in the root that lists the keys in use
     correspondences: Mapping[str, str] = field(default_factory=dict)  # split -> folder of CSVs
+    references: str | None = None  # a folder of references by key, which need not be there
     rescaled: frozenset[str] = frozenset()  # keys published with a label of another size
 
     def pick_split(self, split: str | None) -> str:
@@ -78,6 +80,8 @@ def find_sources(
     reference_of: dict[str, Path] = {}
     if split in dataset.correspondences:
         reference_of = _references(root, dataset, split, images)
+    elif dataset.references and (root / dataset.references).is_dir():
+        reference_of = _references_by_key(root / dataset.references, dataset, images)
     return [
         Source(
             key,
@@ -190,6 +194,26 @@ def _references(
         if not found[key].is_file():
             raise ValueError(f"{image} has no reference {found[key]}: {dataset.home}")
     return found
+
+
+def _references_by_key(
+    folder: Path, dataset: Dataset, images: Mapping[str, Path]
+) -> dict[str, Path]:
+    """Key -> the image below `folder` with that key."""
+    suffixes = tuple(suffix.lower() for suffix in dataset.image_suffixes)
+    files = _files(folder, dataset.home)
+    found = {
+        dataset.stem(Path(path.name)): path
+        for path in files
+        if path.name.lower().endswith(suffixes)
+    }
+    missing = [key for key in images if key not in found]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} images have no reference in {folder}, first {missing[0]!r}: "
+            "add the references, or take the folder away to store none"
+        )
+    return {key: found[key] for key in images}
 
 
 def _subset(path: Path, home: str, images: Mapping[str, Path]) -> dict[str, Path]:

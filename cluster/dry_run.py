@@ -1,19 +1,22 @@
 """What a run would be, without running it: `python -m jobs.train --config PRESET --dry-run`.
 
 Builds the network, the optimiser's groups, the schedule and the sampler; trains nothing, opens no
-network connection, loads no weights.
+network connection, loads no weights. Data that lie in files are checked as a run would check them;
+without them the sizes come from the configuration.
 """
 
 from dataclasses import replace
 
 import numpy as np
+from torch import nn
 
-from cluster.config import TrainConfig
-from cluster.engine import parameter_groups
+from cluster.config import TrainConfig, ValidationConfig
+from cluster.engine import BUCKET_ELEMENTS, parameter_groups
 from cluster.sampling import Sampler
 from cluster.shards import Manifest, read_manifest
 from cluster.storage import StorageConfig, absolute_url, open_storage
-from sepico.network import build_segmentor, check_model
+from cluster.training import resolve
+from sepico.network import Segmentor, build_segmentor, check_model
 from sepico.schedule import contrast_start_step, learning_rate
 
 MIB = 1024**2
@@ -25,6 +28,7 @@ def describe(config: TrainConfig) -> None:
 
     Raises ValueError for what would stop the run.
     """
+    config, unseen = _checked(config)
     source, target = _local_manifests(config)
     if not config.model.num_classes and source is None:
         raise ValueError("model.num_classes is 0: give it, or data.source, for a dry run")
@@ -43,22 +47,29 @@ def describe(config: TrainConfig) -> None:
     total = sum(parameter.numel() for parameter in network.parameters())
     print(f"  {'in all':<22} {total:>12,}")
     _print_memory(config, total, adapts)
-    _print_traffic(config, total, adapts)
+    _print_traffic(config, network)
     _print_schedule(config)
     _print_data(config, source, target)
+    if unseen:
+        what = "sizes, classes, labels" + (", references" if config.teacher.day_night else "")
+        print(f"not checked       {what}: {' and '.join(unseen)} not in files here")
 
 
 def model_state_bytes(parameters: int, stage: int, workers: int, *, teacher: bool) -> int:
-    """Bytes of model states of one worker, activations apart.
+    """Bytes of model states of one worker at the end of the backwards, their peak.
 
     Float32: parameters 4, gradients 4, AdamW's moments 8 and, where ZeRO shards, its own flat
-    copy of the parameters 4; the teacher 4, replicated. ZeRO 1 shards what the optimiser holds, 2
-    the gradients too, 3 the parameters too.
+    copy of the parameters 4; the teacher 4. ZeRO 1 and 2 shard what the optimiser holds, 3 the
+    parameters and the teacher too. Gradients are whole at any stage, because one reduction serves
+    all loss terms; 3 has the reduced shard besides, and where ZeRO shards there is a bucket.
+    Activations, and the parameters that stage 3 gathers for them, come on top.
     """
-    optimizer = 8 if stage == 0 else 12 / workers
-    gradients = 4 / workers if stage >= 2 else 4
+    optimizer = 12 / workers if stage else 8
+    gradients = 4 + (4 / workers if stage == 3 else 0)
     weights = 4 / workers if stage == 3 else 4
-    return round(parameters * (optimizer + gradients + weights + (4 if teacher else 0)))
+    average = weights if teacher else 0
+    bucket = FLOAT32 * BUCKET_ELEMENTS if stage else 0
+    return round(parameters * (optimizer + gradients + weights + average)) + bucket
 
 
 def _print_memory(config: TrainConfig, total: int, adapts: bool) -> None:
@@ -69,14 +80,49 @@ def _print_memory(config: TrainConfig, total: int, adapts: bool) -> None:
         print(f"  {stage}: {size:,.0f}{'  <- engine.zero_stage' if stage == chosen else ''}")
 
 
-def _print_traffic(config: TrainConfig, total: int, adapts: bool) -> None:
-    print("all-reduced       bytes per step")
-    print(f"  gradients  {total * FLOAT32:>14,}")
-    if adapts:
-        stages = len(config.contrast_stage_weights)
-        width = 2 * config.model.projection_channels + 1
-        size = FLOAT64 * (stages * (config.model.num_classes * width + 1) + 1)
-        print(f"  statistics {size:>14,}  whatever the batch")
+def all_reduced_bytes(config: TrainConfig, network: Segmentor) -> dict[str, int]:
+    """Bytes that a worker of several hands to all-reduces in one step with contrast, by purpose."""
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    sizes = {"gradients": parameters * FLOAT32}
+    if config.method != "source_only":
+        stages, width = len(config.contrast_stage_weights), config.model.projection_channels
+        counts = stages * (config.model.num_classes * (2 * width + 1) + 1) + 1
+        sizes["statistics"] = counts * FLOAT64
+        if config.contrast.regularizer_weight:
+            # The mean feature of two domains, forward and backward.
+            sizes["regularizer"] = 4 * stages * width * FLOAT32
+    if config.engine.batch_norm == "sync":
+        sizes["batch-norm"] = _batch_norm_bytes(config, network)
+    return sizes
+
+
+def _batch_norm_bytes(config: TrainConfig, network: Segmentor) -> int:
+    """Forward 2 C + 1 numbers a layer of C channels, backward 2 C, in every pass of the step.
+
+    At most: without a projection of the last stage the target's backward skips later layers.
+    """
+    masked, labels = bool(config.mic.weight), 4 if config.teacher.day_night else 2
+    # Passes of student and teacher: source, target, mix, masked; pseudo-labels, source features.
+    passes = {
+        "encoder": (3 + masked, labels + 1),
+        "head": (2 + masked, labels),
+        "projection": (2, 1),
+    }
+    if config.method == "source_only":
+        passes = {"encoder": (1, 0), "head": (1, 0)}
+    numbers = 0
+    for part, (student, teacher) in passes.items():
+        for layer in getattr(network, part).modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                forward, backward = 2 * layer.num_features + 1, 2 * layer.num_features
+                numbers += student * (forward + backward) + teacher * forward
+    return numbers * FLOAT64
+
+
+def _print_traffic(config: TrainConfig, network: Segmentor) -> None:
+    print("all-reduced       bytes per step and worker, where there are several")
+    for name, size in all_reduced_bytes(config, network).items():
+        print(f"  {name:<11}{size:>14,}{'  whatever the batch' if name == 'statistics' else ''}")
 
 
 def _print_schedule(config: TrainConfig) -> None:
@@ -111,10 +157,29 @@ def _print_data(config: TrainConfig, source: Manifest | None, target: Manifest |
     print(f"first draw        {sampler.draw(0, 0)}")
 
 
+def _checked(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """The configuration after a run's own checks of data in files, and the keys of other data."""
+    urls = {
+        "data.source": config.data.source,
+        "data.target": config.data.target,
+        "validation.data": config.validation.data,
+    }
+    unseen = [key for key, url in urls.items() if not _in_files(url)]
+    if not config.validation.data:
+        unseen.remove("validation.data")
+    if "data.source" in unseen or "data.target" in unseen:
+        return config, unseen
+    validation = ValidationConfig() if unseen else config.validation
+    return resolve(replace(config, validation=validation)), unseen
+
+
+def _in_files(url: str) -> bool:
+    return bool(url) and absolute_url(url).startswith("file://")
+
+
 def _local_manifests(config: TrainConfig) -> tuple[Manifest | None, Manifest | None]:
     """Manifests of data sets that lie in files; object stores are not asked."""
-    urls = [absolute_url(url) if url else "" for url in (config.data.source, config.data.target)]
     return tuple(
-        read_manifest(open_storage(url, StorageConfig())) if url.startswith("file://") else None
-        for url in urls
+        read_manifest(open_storage(absolute_url(url), StorageConfig())) if _in_files(url) else None
+        for url in (config.data.source, config.data.target)
     )

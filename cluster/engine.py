@@ -34,6 +34,9 @@ import deepspeed
 # A parameter kept whole on every rank would not see what is written to its shard.
 ZERO_3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
 
+# Gradients reduced at a time. DeepSpeed would hold a buffer of 500 million, 2 GB.
+BUCKET_ELEMENTS = 25_000_000
+
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """Dtype of the autocast for a precision, None for none."""
@@ -226,7 +229,10 @@ def deepspeed_config(config: EngineConfig, optimization: OptimizationConfig) -> 
         "train_micro_batch_size_per_gpu": optimization.global_batch // world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # the default is 1.0
-        "zero_optimization": ZERO_3 if config.zero_stage == 3 else {"stage": config.zero_stage},
+        "zero_optimization": {
+            **(ZERO_3 if config.zero_stage == 3 else {"stage": config.zero_stage}),
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,

@@ -41,8 +41,9 @@ class IngestConfig:
 
     The names of published data sets are gtav, synthia, cityscapes, dark_zurich,
     nighttime_driving, bdd100k_night and acdc. A folder of your own holds ROOT/images/STEM.jpg or
-    .png and ROOT/labels/STEM.png, 8-bit grayscale train ids. ROOT must be visible from every node
-    of the Ray cluster.
+    .png and ROOT/labels/STEM.png, 8-bit grayscale train ids; ROOT/references/STEM.jpg or .png, if
+    there is such a folder, is stored as the day image of the same place. ROOT must be visible from
+    every node of the Ray cluster.
 
     Attributes:
         root: Folder that the data set's archives were unpacked into.

@@ -21,6 +21,8 @@ acdc               rgb_anon/CONDITION/SPLIT/SEQUENCE/*_rgb_anon.png and
                    gt/CONDITION/SPLIT/SEQUENCE/*_gt_labelTrainIds.png, for fog, night, rain
                    and snow together; a --list chooses among them.
 folder             images/STEM.jpg or .png, labels/STEM.png: 8-bit train ids, and classes.json.
+                   If there is a folder references, references/STEM.jpg or .png: the day images
+                   of the same places.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ DATASETS = {
         splits={"all": ("",)},
         home="--root must hold images/ and labels/",
         classes=None,
+        references="references",
     ),
     "gtav": Dataset(
         images="images",

@@ -250,7 +250,8 @@ class ShardReader:
             if not batch["reference"][0].is_valid:
                 raise StorageError(
                     f"sample {key!r} of {self._manifest.url} has no reference image, which "
-                    "teacher.day_night needs: ingest dark_zurich's split train or set it to false"
+                    "teacher.day_night needs: ingest it with references/ beside images/ (of "
+                    "dark_zurich the split train), or set it to false"
                 )
             reference = self._image(key, batch["reference"][0])
         return Sample(key, image, label, reference)

@@ -18,6 +18,7 @@ from cluster.engine import (
     set_up_process,
     shard_teacher,
 )
+from cluster.evaluation import mean_ious
 from cluster.inference import evaluate_network
 from cluster.lease import Lease
 from cluster.loader import Batch, TrainLoader
@@ -250,7 +251,8 @@ class _Trainer:
             matrix = evaluate_network(
                 network, self.config.validation.data, self.config.storage, self.device
             )
-            metrics[f"{name}_miou"] = 100 * matrix.mean_iou()
+            means = mean_ious(matrix, self.loader.source.taxonomy)
+            metrics |= {f"{name}_{key}": 100 * mean for key, mean in means.items()}
         if self.log:
             self.log.log(step, metrics)
         return metrics

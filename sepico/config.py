@@ -107,7 +107,7 @@ class TeacherConfig:
             Cityscapes.
         day_ratio: Share of the day image in the scores of static classes, where it is sure, 0..1.
         class_weight_std: Spread around 1 of the weights that favour the source's rare classes in
-            these scores; 0 for none.
+            these scores and in the cross entropies of source and mix; 0 for none.
     """
 
     ema_alpha: float = 0.999

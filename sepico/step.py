@@ -56,7 +56,8 @@ class _Labelled:
 class AdaptationStep:
     """Computes the loss terms; holds the teacher and what the contrast compares with.
 
-    `class_weight` (C,) multiplies the pseudo-labels' scores under `teacher.day_night`.
+    Under `teacher.day_night`, `class_weight` (C,) multiplies the pseudo-labels' scores and, as the
+    authors have it, the cross entropies of source and mix.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class AdaptationStep:
         self.normalize = normalize
         self.teacher = teacher
         self.contrast = contrast
-        self.class_weight = class_weight
+        self.class_weight = class_weight if config.teacher.day_night else None
         self.contrast_start = contrast_start_step(config.contrast.start, config.optimization)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         # Scalars and pictures of the latest step, for telemetry.
@@ -101,7 +102,7 @@ class AdaptationStep:
 
         image = self._strong(batch.source_image, batch.seeds)
         logits, projections = student(self.normalize(image), projections=with_contrast)
-        loss = losses.cross_entropy(logits, batch.source_label)
+        loss = losses.cross_entropy(logits, batch.source_label, class_weight=self.class_weight)
         self.metrics["source_ce"] = loss.detach()
         source_counts, target_counts, confident_share = finish()
         if with_contrast:
@@ -115,7 +116,7 @@ class AdaptationStep:
 
         mixed_image, mixed_label, weight = self._mix(batch, target, confident_share)
         logits, _ = student(self.normalize(mixed_image), projections=False)
-        loss = losses.cross_entropy(logits, mixed_label, weight)
+        loss = losses.cross_entropy(logits, mixed_label, weight, class_weight=self.class_weight)
         self.metrics["mix_ce"] = loss.detach()
         self.metrics["confident_share"] = confident_share
         if target.truth is not None:

@@ -11,10 +11,17 @@ from cluster.checkpoint_format import list_checkpoints
 from cluster.config import EngineConfig
 from cluster.lease import Lease
 from cluster.storage import Storage, StorageConfig, open_storage
-from sepico.normalization import set_batch_norm
 from sepico.schedule import ema_decay
 from sepico.step import AdaptationStep
-from tests.cluster.engine_ranks import BATCH, START, build, full_state, global_batch, method_config
+from tests.cluster.engine_ranks import (
+    BATCH,
+    START,
+    build,
+    full_state,
+    global_batch,
+    method_config,
+    use_batch_norm,
+)
 from tests.cluster.engine_ranks import STEPS as ALL_STEPS
 
 CONFIG = method_config("bankcl", START)
@@ -101,8 +108,8 @@ def _state(stage: int):
     from cluster.engine import Engine, shard_teacher
 
     network, teacher, contrast = build(CONFIG, dist.new_group())
-    set_batch_norm(network, "sync")
-    set_batch_norm(teacher.network, "sync")
+    use_batch_norm(network)
+    use_batch_norm(teacher.network)
     engine = Engine(
         network,
         EngineConfig(zero_stage=stage),

@@ -268,6 +268,20 @@ def test_a_night_image_comes_with_the_day_image_of_its_csv_line(tmp_path):
         assert row["reference"] == rows_of([reference], size=(6, 10))[0]["image"]
 
 
+def test_a_folder_of_one_s_own_pairs_references_by_their_stem(tmp_path):
+    for name in ("a.jpg", "b.png"):
+        write_image(tmp_path / "images" / name)
+    sources = sources_of("folder", tmp_path, labels=False)
+    assert [source.reference for source in sources] == [None, None]
+    write_image(tmp_path / "references/a.png", 1)
+    with pytest.raises(ValueError, match=f"1 images have no .* {tmp_path}/references, first 'b'"):
+        sources_of("folder", tmp_path, labels=False)
+    write_image(tmp_path / "references/b.jpg", 2)
+    expected = [tmp_path / "references/a.png", tmp_path / "references/b.jpg"]
+    sources = sources_of("folder", tmp_path, labels=False)
+    assert [source.reference for source in sources] == expected
+
+
 def test_a_reference_of_another_size_is_refused(tmp_path):
     make_dark_zurich(tmp_path)
     path = tmp_path / "rgb_anon/train/day/GOPR0345/GOPR0345_frame_000010_rgb_anon.png"

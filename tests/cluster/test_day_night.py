@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 
 from cluster import shards
 from cluster.config import TrainConfig
+from cluster.dry_run import describe
 from cluster.loader import DataConfig, TrainLoader, check_data
 from cluster.shards import ShardReader, read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage
 from cluster.training import resolve
 from sepico.config import TeacherConfig
 from sepico.taxonomies import CITYSCAPES_19, Taxonomy
+from tests.cluster.engine_ranks import method_config
 
 STORAGE = StorageConfig()
 
@@ -132,9 +135,22 @@ def test_a_reference_that_nobody_asks_for_is_not_decoded(data, monkeypatch):
 def test_day_night_is_checked_before_work_starts(data, write_target):
     assert check_data(data, STORAGE, 6, day_night=True).labelled
     bare = make_data(data.source, write_target(None))
-    with pytest.raises(ValueError, match=r"'frame000'.* no reference image.* ingest dark_zurich"):
+    with pytest.raises(ValueError, match=r"'frame000'.* no reference image.* references/ beside"):
         resolve(TrainConfig(data=bare, teacher=TeacherConfig(day_night=True)))
     resolve(TrainConfig(data=bare))
+
+
+def test_a_dry_run_checks_day_night(data, write_target, capsys):
+    config = TrainConfig(
+        model=method_config("distcl", start=0).model,
+        data=data,
+        teacher=TeacherConfig(day_night=True),
+    )
+    config.model.num_classes = 0
+    describe(config)
+    assert "distcl, 19 classes" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"'frame000'.* no reference image"):
+        describe(replace(config, data=make_data(data.source, write_target(None))))
 
 
 def test_day_night_needs_the_classes_of_cityscapes(data, write_source):

@@ -6,7 +6,7 @@ import torch.multiprocessing
 
 from tests.cluster.engine_ranks import plain_pytorch, run_rank
 
-VARIANTS = ("bankcl", "protocl", "distcl per stage", "distcl masked")
+VARIANTS = ("bankcl", "protocl", "distcl per stage", "distcl masked", "distcl day-night")
 METHODS = ("distcl", *VARIANTS, "source_only")
 ADAPTING = [(stage, "distcl") for stage in (0, 1, 2, 3)] + [(1, method) for method in VARIANTS]
 CASES = [*ADAPTING, (1, "source_only")]
@@ -48,20 +48,18 @@ def distance(state: dict, expected: dict, initial: dict, kind: str) -> float:
 def test_gradients_equal_those_of_plain_pytorch(stage, method, plain, trained):
     """Of the first step, with contrast from the start, before the optimiser moves."""
     _, expected = plain[method]
+    # Masked blocks leave channels that hardly vary: float32 normalises them to 1e-5.
+    tolerance = 1e-4 if method == "distcl masked" else 1e-5
     for part in ("encoder", "head", "projection"):
         names = [name for name in expected if name.startswith(f"gradient {part}")]
         largest = max((expected[name].abs().max().item() for name in names), default=0.0)
         for name in names:
             gap = (trained[stage, method][name] - expected[name]).abs().max().item()
-            assert gap <= 1e-5 * largest, name
+            assert gap <= tolerance * largest, name
 
 
-@pytest.mark.parametrize(
-    ("kind", "stage", "method"),
-    [("student weight", *case) for case in CASES]
-    # Frozen with masked images: see `student_norm`.
-    + [("student buffer", *case) for case in CASES if case[1] != "distcl masked"],
-)
+@pytest.mark.parametrize(("stage", "method"), CASES)
+@pytest.mark.parametrize("kind", ["student weight", "student buffer"])
 def test_student_equals_plain_pytorch(kind, stage, method, plain, trained):
     initial, expected = plain[method]
     assert distance(trained[stage, method], expected, initial, kind) < 1e-3

@@ -5,8 +5,14 @@ import copy
 import pytest
 import torch
 
-from sepico import augment
-from sepico.config import ContrastConfig, MethodConfig, ModelConfig, TeacherConfig
+from sepico import augment, losses
+from sepico.config import (
+    AugmentationConfig,
+    ContrastConfig,
+    MethodConfig,
+    ModelConfig,
+    TeacherConfig,
+)
 from sepico.contrast import PixelContrast
 from sepico.network import build_segmentor
 from sepico.step import AdaptationStep, StepBatch
@@ -38,9 +44,11 @@ def adaptation_step(day_night, day_ratio=0.8):
             encoder_weights=None,
             head_channels=16,
             head_dilations=(1,),
+            dropout=0.0,
             projection_channels=16,
             num_classes=19,
         ),
+        augmentation=AugmentationConfig(jitter_probability=0.0, blur_probability=0.0),
         contrast=ContrastConfig(start=10),
         # Low enough that an untrained network is sure of some pixels, and not of all.
         teacher=TeacherConfig(
@@ -98,6 +106,21 @@ def test_without_day_night_the_night_image_alone_gives_the_label(batch):
     pictures, _ = run(step, network, batch)
     night = step.teacher.probabilities(step.normalize(pictures["target"]))
     assert torch.equal(pictures["pseudo_label"], night.argmax(1))
+
+
+@pytest.mark.parametrize("day_night", [True, False])
+def test_class_weights_multiply_the_cross_entropies_of_day_and_night_alone(batch, day_night):
+    step, network = adaptation_step(day_night=day_night)
+    pictures, confident_share = run(step, network, batch)
+    assert 0.1 < confident_share < 0.9
+    class_weight = WEIGHT if day_night else None
+    for name, image, label, weight in (
+        ("source_ce", batch.source_image, batch.source_label, None),
+        ("mix_ce", pictures["mix"], pictures["mixed_label"][:, None], pictures["weight"]),
+    ):
+        logits, _ = network(step.normalize(image), projections=False)
+        expected = losses.cross_entropy(logits, label, weight, class_weight=class_weight)
+        assert step.metrics[name].item() == pytest.approx(expected.item(), rel=1e-6), name
 
 
 def test_class_weights_fall_with_the_logarithm_of_the_frequency():
