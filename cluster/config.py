@@ -20,11 +20,20 @@ class EngineConfig:
             computes in it.
         batch_norm: Statistics over all workers ("sync"), the running ones ("frozen"), or those of
             each worker ("local", gives up independence of the number of workers).
+        offload_optimizer: Keep masters and Adam's moments in host memory and step them there.
+        deepspeed: DeepSpeed JSON (a file, or the text) that adds to ours; empty for none. A key
+            that contradicts ours is an error.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     batch_norm: BatchNormMode = "sync"
+    offload_optimizer: bool = False
+    deepspeed: str = ""
+
+    def __post_init__(self) -> None:
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
 
 
 @dataclass

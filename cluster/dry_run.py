@@ -11,7 +11,8 @@ import numpy as np
 from torch import nn
 
 from cluster.config import TrainConfig, ValidationConfig
-from cluster.engine import BUCKET_ELEMENTS, parameter_groups
+from cluster.deepspeed_config import BUCKET_ELEMENTS
+from cluster.engine import parameter_groups
 from cluster.sampling import Sampler
 from cluster.shards import Manifest, read_manifest
 from cluster.storage import StorageConfig, absolute_url, open_storage

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.config import EngineConfig
+from cluster.deepspeed_config import ZERO_3, deepspeed_config
 from cluster.partitions import held_weights
 from sepico.config import OptimizationConfig
 from sepico.schedule import learning_rate
@@ -30,12 +31,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 import deepspeed
-
-# A parameter kept whole on every rank would not see what is written to its shard.
-ZERO_3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
-
-# Gradients reduced at a time. DeepSpeed would hold a buffer of 500 million, 2 GB.
-BUCKET_ELEMENTS = 25_000_000
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
@@ -155,7 +150,7 @@ class Engine:
         self.module, _, _, _ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,
-            config=deepspeed_config(config, optimization),
+            config=deepspeed_config(config, optimization, dist.get_world_size()),
             dist_init_required=False,
         )
 
@@ -219,21 +214,3 @@ def shard_teacher(teacher: Teacher) -> None:
         dist_init_required=False,
     )
     teacher.weights = held_weights(teacher.network)
-
-
-def deepspeed_config(config: EngineConfig, optimization: OptimizationConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON for our configuration."""
-    world_size = dist.get_world_size()
-    return {
-        "train_batch_size": optimization.global_batch,
-        "train_micro_batch_size_per_gpu": optimization.global_batch // world_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # the default is 1.0
-        "zero_optimization": {
-            **(ZERO_3 if config.zero_stage == 3 else {"stage": config.zero_stage}),
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-    }

@@ -13,6 +13,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.config import TrainConfig
+from cluster.deepspeed_config import deepspeed_config, read_deepspeed
 from cluster.lease import hold_lease
 from cluster.loader import check_data
 from cluster.shards import read_manifest
@@ -32,7 +33,7 @@ CONFIG = "config.json"
 _CHANGEABLE = {
     "run", "runs", "workers", "cpus_per_worker", "placement_timeout", "max_failures",
     "log_every", "checkpoint_every", "keep_last", "keep_best", "panel_every", "storage",
-    "validation",
+    "validation", "engine.zero_stage", "engine.offload_optimizer", "engine.deepspeed",
 }  # fmt: skip
 
 
@@ -133,7 +134,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if weights not in (None, "imagenet"):
         weights = str(Path(weights).absolute())  # Ray's workers run in a folder of their own
     model = replace(config.model, num_classes=found, encoder_weights=weights)
-    return replace(config, model=model)
+    engine = replace(config.engine, deepspeed=read_deepspeed(config.engine.deepspeed))
+    deepspeed_config(engine, config.optimization, config.workers)  # refuses what contradicts ours
+    return replace(config, model=model, engine=engine)
 
 
 def run_url(run: str, runs: str) -> str:
@@ -164,8 +167,9 @@ def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, A
     if isinstance(old, dict) and isinstance(new, dict):
         found = {}
         for key in [*old, *(key for key in new if key not in old)]:
-            if prefix or key not in _CHANGEABLE:
-                found |= _differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
+            name = f"{prefix}.{key}".strip(".")
+            if name not in _CHANGEABLE:
+                found |= _differences(old.get(key), new.get(key), name)
         return found
     return {} if old == new else {prefix: (old, new)}
 

@@ -213,8 +213,9 @@ def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str
     adopt_process_group()
     group = dist.new_group()
     for stage, method in cases:
-        gradients = _train(stage, method_config(method, start=0), 1, group)
-        state = _train(stage, method_config(method, START), STEPS, group)
+        engine = EngineConfig(zero_stage=stage, offload_optimizer=method.endswith(" offload"))
+        gradients = _train(engine, method_config(method, start=0), 1, group)
+        state = _train(engine, method_config(method, START), STEPS, group)
         state |= _named("gradient", gradients)
         if rank == 0:
             torch.save(state, Path(folder) / f"{world_size}-{stage}-{method}.pt")
@@ -222,7 +223,7 @@ def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str
     dist.destroy_process_group()
 
 
-def _train(stage: int, config: MethodConfig, steps: int, group) -> dict:
+def _train(engine_config: EngineConfig, config: MethodConfig, steps: int, group) -> dict:
     from cluster.engine import Engine, shard_teacher
 
     network, teacher, contrast = build(config, group)
@@ -231,11 +232,11 @@ def _train(stage: int, config: MethodConfig, steps: int, group) -> dict:
         use_batch_norm(teacher.network)
     engine = Engine(
         network,
-        EngineConfig(zero_stage=stage),
+        engine_config,
         config.optimization,
         projection_start=config.contrast.start,
     )
-    if teacher is not None and stage == 3:
+    if teacher is not None and engine_config.zero_stage == 3:
         shard_teacher(teacher)
     gradients = {}
     optimizer_step = engine.module.step

@@ -8,28 +8,53 @@ from tests.cluster.engine_ranks import plain_pytorch, run_rank
 
 VARIANTS = ("bankcl", "protocl", "distcl per stage", "distcl masked", "distcl day-night")
 METHODS = ("distcl", *VARIANTS, "source_only")
-ADAPTING = [(stage, "distcl") for stage in (0, 1, 2, 3)] + [(1, method) for method in VARIANTS]
+STAGES = (0, 1, 2, 3)
+ADAPTING = [
+    *[(stage, "distcl") for stage in STAGES],
+    *[(1, method) for method in VARIANTS],
+    *[(stage, "distcl offload") for stage in (1, 3)],
+]
 CASES = [*ADAPTING, (1, "source_only")]
+# The larger matrix: every method under every stage, and 4 workers.
+MATRIX = [
+    *[(stage, method) for stage in STAGES for method in METHODS],
+    *[(stage, "distcl offload") for stage in STAGES[1:]],
+]
 # A constant added before a batch-norm is removed by it: these gradients are round-off, which
 # Adam turns into full steps.
 NO_GRADIENT = "head.embeddings"
 
 
+def cases(adapting: bool = False):
+    """Parameters of a test: the default cases, and those of the matrix marked slow."""
+    everywhere = [case for case in MATRIX if not (adapting and case[1] == "source_only")]
+    marked = [
+        pytest.param(*case, marks=() if case in CASES else pytest.mark.slow) for case in everywhere
+    ]
+    return pytest.mark.parametrize(("stage", "method"), marked)
+
+
 @pytest.fixture(scope="module")
 def plain() -> dict[str, tuple[dict, dict]]:
     torch.set_num_threads(1)
-    return {method: plain_pytorch(method) for method in METHODS}
+    found = {method: plain_pytorch(method) for method in METHODS}
+    return found | {"distcl offload": found["distcl"]}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1-worker", "2-workers"])
+@pytest.fixture(
+    scope="module",
+    params=[1, 2, pytest.param(4, marks=pytest.mark.slow)],
+    ids=["1-worker", "2-workers", "4-workers"],
+)
 def trained(request, tmp_path_factory) -> dict[tuple[int, str], dict]:
     """Final states of all cases at one world size."""
     folder = tmp_path_factory.mktemp("engine")
     world_size = request.param
-    torch.multiprocessing.spawn(run_rank, (world_size, str(folder), CASES), nprocs=world_size)
+    chosen = CASES if "not slow" in request.config.getoption("-m") else MATRIX
+    torch.multiprocessing.spawn(run_rank, (world_size, str(folder), chosen), nprocs=world_size)
     return {
         (stage, method): torch.load(folder / f"{world_size}-{stage}-{method}.pt")
-        for stage, method in CASES
+        for stage, method in chosen
     }
 
 
@@ -44,7 +69,7 @@ def distance(state: dict, expected: dict, initial: dict, kind: str) -> float:
     return (difference / moved) ** 0.5
 
 
-@pytest.mark.parametrize(("stage", "method"), CASES)
+@cases()
 def test_gradients_equal_those_of_plain_pytorch(stage, method, plain, trained):
     """Of the first step, with contrast from the start, before the optimiser moves."""
     _, expected = plain[method]
@@ -58,14 +83,14 @@ def test_gradients_equal_those_of_plain_pytorch(stage, method, plain, trained):
             assert gap <= tolerance * largest, name
 
 
-@pytest.mark.parametrize(("stage", "method"), CASES)
+@cases()
 @pytest.mark.parametrize("kind", ["student weight", "student buffer"])
 def test_student_equals_plain_pytorch(kind, stage, method, plain, trained):
     initial, expected = plain[method]
     assert distance(trained[stage, method], expected, initial, kind) < 1e-3
 
 
-@pytest.mark.parametrize(("stage", "method"), ADAPTING)
+@cases(adapting=True)
 @pytest.mark.parametrize(
     "kind",
     ["teacher weight", "teacher buffer", "statistics.0.mean", "statistics.0.variance"],
@@ -86,7 +111,7 @@ def test_statistics_of_a_later_stage_equal_plain_pytorch(plain, trained):
     assert distance(state, expected, initial, "statistics.1.mean") < 1e-3
 
 
-@pytest.mark.parametrize(("stage", "method"), ADAPTING)
+@cases(adapting=True)
 def test_class_counts_are_exact(stage, method, plain, trained):
     counts = trained[stage, method]["statistics.0.count"]
     assert torch.equal(counts, plain[method][1]["statistics.0.count"])

@@ -1,0 +1,63 @@
+"""A user's DeepSpeed JSON adds to ours and never contradicts it."""
+
+import json
+
+import pytest
+
+from cluster.config import EngineConfig
+from cluster.deepspeed_config import deepspeed_config, read_deepspeed
+from sepico.config import OptimizationConfig
+
+
+def merged(theirs: dict, **engine) -> dict:
+    config = EngineConfig(deepspeed=read_deepspeed(json.dumps(theirs)), **engine)
+    return deepspeed_config(config, OptimizationConfig(global_batch=8), world_size=2)
+
+
+def test_open_keys_are_added_and_ours_stay():
+    config = merged(
+        {"comms_logger": {"enabled": True}, "zero_optimization": {"overlap_comm": True}}
+    )
+    assert config["comms_logger"] == {"enabled": True}
+    assert config["zero_optimization"]["overlap_comm"] is True
+    assert config["zero_optimization"]["stage"] == 1
+    assert config["train_micro_batch_size_per_gpu"] == 4
+
+
+def test_the_same_value_and_auto_are_no_contradiction():
+    merged({"train_batch_size": 8, "gradient_clipping": "auto", "zero_optimization": {"stage": 1}})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        ({"train_batch_size": 16}, ["train_batch_size = 16", "8", "optimization.global_batch"]),
+        ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage = 2", "engine.zero_stage"]),
+        ({"gradient_clipping": 1.0}, ["gradient_clipping", "does not clip"]),
+        ({"bf16": {"enabled": True}}, ["bf16", "engine.precision"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer", "optimization"]),
+        ({"zero_optimisation": {}}, ["unknown key zero_optimisation"]),
+        ({"zero_optimization": {"overlap": True}}, ["zero_optimization.overlap"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_contradictions_and_unknown_keys_name_both_sides(theirs, words):
+    with pytest.raises(ValueError) as caught:
+        merged(theirs)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_file_is_read_and_a_missing_or_broken_one_is_named(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"wall_clock_breakdown": true}')
+    assert json.loads(read_deepspeed(str(file))) == {"wall_clock_breakdown": True}
+    file.write_text("{")
+    for value in (str(file), str(tmp_path / "none.json")):
+        with pytest.raises(ValueError, match=value):
+            read_deepspeed(value)
+
+
+def test_offload_needs_a_sharded_optimiser():
+    with pytest.raises(ValueError, match="offload_optimizer needs"):
+        EngineConfig(zero_stage=0, offload_optimizer=True)
