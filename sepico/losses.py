@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from sepico.statistics import CHUNK, FeatureBank
+from sepico.gradients import BankContrast, DistContrast, SelectRows
+from sepico.statistics import FeatureBank
 
 
 def downscale_labels(
@@ -64,10 +65,9 @@ def select_pixels(
         num_classes=num_classes,
         min_ratio=min_ratio,
         ignore_index=ignore_index,
-    ).flatten()
-    rows = feature_map.permute(0, 2, 3, 1).flatten(0, 2)
-    kept = (labels != ignore_index).nonzero().squeeze(1)
-    return rows[kept], labels[kept]
+    ).squeeze(1)
+    kept = (labels != ignore_index).nonzero(as_tuple=True)
+    return SelectRows.apply(feature_map, *kept), labels[kept]
 
 
 def proto_contrast(
@@ -106,22 +106,7 @@ def bank_contrast(
     Features (N, A), labels (N,) -> scalar, the mean over N (or sum / `count`). Without a pixel it
     is a zero that still carries a graph.
     """
-    features = features.float()
-    similarity = features @ bank.means().T / temperature
-    own = F.one_hot(labels, bank.num_classes).bool()
-    # Not -inf, whose softmax is NaN where no negative is left.
-    excluded = torch.finfo(similarity.dtype).min
-    negative = similarity.masked_fill(own | ~bank.present, excluded).logsumexp(1)
-    losses = []
-    for c in labels.unique().tolist():
-        pixels = (labels == c).nonzero().squeeze(1)
-        rows = bank.rows(c)
-        if len(rows):
-            positive = features[pixels] @ rows.T / temperature
-            # -log(e^p / (e^p + e^n)) = softplus(n - p), which no temperature overflows.
-            losses.append(F.softplus(negative[pixels, None] - positive).mean(1))
-    total = torch.cat(losses).sum() if losses else features.sum() * 0
-    return total / (max(len(features), 1) if count is None else count.clamp(min=1))
+    return _mean(BankContrast.apply(features.float(), labels, bank, temperature), count)
 
 
 def dist_contrast(
@@ -145,46 +130,9 @@ def dist_contrast(
     q.m_k / t + q^2.S_k / (2 t^2), to which the positive's variance term is added unweighted.
     """
     return _mean(
-        _DistContrast.apply(features.float(), labels, mean, variance, temperature, class_weight),
+        DistContrast.apply(features.float(), labels, mean, variance, temperature, class_weight),
         count,
     )
-
-
-class _DistContrast(torch.autograd.Function):
-    """Loss of each pixel (N,). By hand, because autograd would keep q^2 and its gradient, each as
-    large as the features themselves; the gradient needs only the softmax (N, C)."""
-
-    @staticmethod
-    def forward(ctx, features, labels, mean, variance, temperature, class_weight):
-        # Rows of q^2 are made a chunk at a time and stay in the cache.
-        spread = torch.cat([rows.square() @ variance.T for rows in features.split(CHUNK)])
-        spread /= 2 * temperature**2
-        logits = (features @ mean.T).div_(temperature).add_(spread)
-        own = labels[:, None]
-        weight = torch.ones_like(labels, dtype=logits.dtype)
-        if class_weight is not None:
-            weight = class_weight[labels]
-        losses = weight * (logits.logsumexp(1) - logits.gather(1, own).squeeze(1))
-        ctx.save_for_backward(features, labels, mean, variance, logits.softmax(1), weight)
-        ctx.temperature = temperature
-        return losses + spread.gather(1, own).squeeze(1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        features, labels, mean, variance, softmax, weight = ctx.saved_tensors
-        own = labels[:, None]
-        # d CE / d logits; the positive's variance term adds one to it for the variances.
-        of_mean = softmax * (weight * grad)[:, None]
-        of_mean.scatter_add_(1, own, -(weight * grad)[:, None])
-        of_variance = of_mean.scatter_add(1, own, grad[:, None])
-        result = of_mean @ (mean / ctx.temperature)
-        chunks = zip(
-            result.split(CHUNK), features.split(CHUNK), of_variance.split(CHUNK), strict=True
-        )
-        variance = variance / ctx.temperature**2
-        for rows, q, factors in chunks:
-            rows.addcmul_(q, factors @ variance)
-        return result, None, None, None, None, None
 
 
 def _mean(losses: Tensor, count: Tensor | None) -> Tensor:
