@@ -1,50 +1,82 @@
 """Gradients written by hand, where autograd would keep or move what the gradient does not need.
 
-Each function is differentiable once, in its first argument.
+Each function is differentiable once, in its first argument only.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from sepico.statistics import CHUNK, FeatureBank
 
 
 class SelectRows(torch.autograd.Function):
-    """Pixels of a map (B, A, h, w) at indices (b, y, x), each (N,) and no pixel twice: (N, A).
+    """Pixels of a map (B, A, h, w) at `kept` (N,), ascending indices of B h w pixels: (N, A).
 
-    Autograd would build a gradient of rows and transpose it into the map's layout; this one is
-    written into the map's layout at once, and plainly, because no two rows meet in a pixel.
+    Autograd would copy the whole map to rows, and build a gradient of all rows and transpose it;
+    this one moves kept pixels only, and writes their gradient into the layout of the map.
     """
 
     @staticmethod
-    def forward(ctx, feature_map: Tensor, *pixels: Tensor) -> Tensor:
-        ctx.save_for_backward(*pixels)
-        # Shape, dtype and layout without the values.
-        ctx.layout = torch.empty_like(feature_map, device="meta")
-        return feature_map.permute(0, 2, 3, 1)[pixels]
+    def forward(ctx, feature_map: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.shape = feature_map.shape
+        ctx.channels_last = feature_map.is_contiguous(memory_format=torch.channels_last)
+        if ctx.channels_last:
+            return feature_map.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, kept)
+        rows = feature_map.new_empty(len(kept), feature_map.shape[1])
+        for plane, pixels, block in _blocks(feature_map, kept, rows):
+            block.copy_(plane.index_select(1, pixels).T)
+        return rows
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
-        pixels = ctx.saved_tensors
-        result = torch.zeros_like(ctx.layout, device=grad.device)
-        result.permute(0, 2, 3, 1)[pixels] = grad
-        return result, *[None] * len(pixels)
+        (kept,) = ctx.saved_tensors
+        batch, channels, h, w = ctx.shape
+        if ctx.channels_last:
+            rows = grad.new_zeros(batch * h * w, channels).index_copy_(0, kept, grad)
+            return rows.view(batch, h, w, channels).permute(0, 3, 1, 2), None
+        result = grad.new_zeros(ctx.shape)
+        for plane, pixels, block in _blocks(result, kept, grad):
+            plane.scatter_(1, pixels.expand(channels, -1), block.T)
+        return result, None
+
+
+def _blocks(
+    feature_map: Tensor, kept: Tensor, rows: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """An image (A, h w), kept pixels of it and their rows (n, A), few enough for the cache: a row
+    touches as many cache lines of a channel-first map as there are channels."""
+    planes = feature_map.flatten(2)
+    size = planes.shape[2]
+    counts = (kept // size).bincount(minlength=len(planes)).tolist()
+    images = zip(planes, (kept % size).split(counts), rows.split(counts), strict=True)
+    for plane, pixels, of_image in images:
+        for block in zip(pixels.split(CHUNK), of_image.split(CHUNK), strict=True):
+            yield plane, *block
 
 
 class DistContrast(torch.autograd.Function):
     """DistCL of each pixel: (N, A), (N,), (C, A), (C, A), float, (C,) or None -> (N,).
 
     Autograd would keep q^2 and its gradient, each as large as the features themselves; the
-    gradient needs only the softmax (N, C).
+    gradient needs only the softmax (N, C), and q^2 is made a chunk at a time in the cache.
     """
 
     @staticmethod
     def forward(ctx, features, labels, mean, variance, temperature, class_weight):
-        # Rows of q^2 are made a chunk at a time and stay in the cache.
-        spread = torch.cat([rows.square() @ variance.T for rows in features.split(CHUNK)])
-        spread /= 2 * temperature**2
-        logits = (features @ mean.T).div_(temperature).add_(spread)
+        spread = features.new_empty(len(features), len(mean))
+        logits = torch.empty_like(spread)
+        similar, varied = mean.T / temperature, variance.T / (2 * temperature**2)
+        scratch = torch.empty_like(features[:CHUNK])
+        chunks = zip(features.split(CHUNK), spread.split(CHUNK), logits.split(CHUNK), strict=True)
+        for q, of_variance, of_both in chunks:
+            torch.mm(torch.square(q, out=scratch[: len(q)]), varied, out=of_variance)
+            torch.addmm(of_variance, q, similar, out=of_both)
         own = labels[:, None]
         weight = torch.ones_like(labels, dtype=logits.dtype)
         if class_weight is not None:
@@ -55,6 +87,7 @@ class DistContrast(torch.autograd.Function):
         return losses + spread.gather(1, own).squeeze(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         features, labels, mean, variance, softmax, weight = ctx.saved_tensors
         own = labels[:, None]
@@ -62,13 +95,13 @@ class DistContrast(torch.autograd.Function):
         of_mean = softmax * (weight * grad)[:, None]
         of_mean.scatter_add_(1, own, -(weight * grad)[:, None])
         of_variance = of_mean.scatter_add(1, own, grad[:, None])
-        result = of_mean @ (mean / ctx.temperature)
-        chunks = zip(
-            result.split(CHUNK), features.split(CHUNK), of_variance.split(CHUNK), strict=True
-        )
-        variance = variance / ctx.temperature**2
-        for rows, q, factors in chunks:
-            rows.addcmul_(q, factors @ variance)
+        mean, variance = mean / ctx.temperature, variance / ctx.temperature**2
+        result = torch.empty_like(features)
+        scratch = torch.empty_like(features[:CHUNK])
+        chunks = (part.split(CHUNK) for part in (features, of_mean, of_variance, result))
+        for q, for_mean, for_variance, rows in zip(*chunks, strict=True):
+            torch.mm(for_mean, mean, out=rows)
+            rows.addcmul_(q, torch.mm(for_variance, variance, out=scratch[: len(q)]))
         return result, None, None, None, None, None
 
 
@@ -94,7 +127,9 @@ class BankContrast(torch.autograd.Function):
         sizes = labels.bincount(minlength=bank.num_classes).tolist()
         for c, of_class in enumerate(labels.argsort().split(sizes)):
             rows = bank.rows(c)
-            for pixels in of_class.split(CHUNK) if len(of_class) and len(rows) else ():
+            if not len(of_class) or not len(rows):
+                continue
+            for pixels in of_class.split(CHUNK):
                 margin = torch.addmm(
                     negative[pixels], features[pixels], rows.T, alpha=-1 / temperature
                 )
@@ -106,6 +141,7 @@ class BankContrast(torch.autograd.Function):
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         means, softmax, *parts = ctx.saved_tensors
         result = grad.new_zeros(len(grad), means.shape[1])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sepico.gradients import BankContrast, DistContrast, SelectRows
-from sepico.statistics import FeatureBank
+from sepico.statistics import FeatureBank, check_labels
 
 
 def downscale_labels(
@@ -24,15 +24,18 @@ def downscale_labels(
 
     The ignore value votes as one more class; ties go to the lowest class. A window whose winner
     holds less than `min_ratio` of it is ignored. Incomplete windows at the edges are dropped.
+    Raises ValueError for a label that is neither a class nor the ignore value.
     """
+    labels = label_map.long()
+    ignored = labels == ignore_index
+    check_labels(labels.masked_fill(ignored, 0), num_classes)
     if factor == 1:
-        return label_map.long()
-    batch, _, height, width = label_map.shape
+        return labels
+    batch, _, height, width = labels.shape
     h, w = height // factor, width // factor
-    windows = label_map[:, 0, : h * factor, : w * factor].long()
+    windows = labels.masked_fill(ignored, num_classes)[:, 0, : h * factor, : w * factor]
     windows = windows.view(batch, h, factor, w, factor).transpose(2, 3).reshape(-1, factor**2)
-    windows = torch.where(windows == ignore_index, num_classes, windows)
-    votes = torch.zeros(len(windows), num_classes + 1, device=label_map.device)
+    votes = torch.zeros(len(windows), num_classes + 1, device=labels.device)
     votes.scatter_add_(1, windows, torch.ones_like(windows, dtype=votes.dtype))
     share, winner = (votes / factor**2).max(1)
     unclear = (share < min_ratio) | (winner == num_classes)
@@ -50,8 +53,11 @@ def select_pixels(
     """Labelled feature pixels: (B, A, h, w), (B, 1, H, W) -> (N, A), (N,) int64.
 
     Rows come in the order batch, y, x. Raises ValueError when the labels are no whole multiple of
-    the feature grid, or not the same multiple in height and width.
+    the feature grid, not the same multiple in height and width or of another batch size, and for a
+    label that is neither a class nor the ignore value.
     """
+    if len(feature_map) != len(label_map):
+        raise ValueError(f"{len(feature_map)} feature maps, but labels of {len(label_map)} images")
     grid, size = tuple(feature_map.shape[-2:]), tuple(label_map.shape[-2:])
     factor = size[1] // grid[1]
     if size != (grid[0] * factor, grid[1] * factor):
@@ -65,9 +71,9 @@ def select_pixels(
         num_classes=num_classes,
         min_ratio=min_ratio,
         ignore_index=ignore_index,
-    ).squeeze(1)
-    kept = (labels != ignore_index).nonzero(as_tuple=True)
-    return SelectRows.apply(feature_map, *kept), labels[kept]
+    ).flatten()
+    kept = (labels != ignore_index).nonzero().squeeze(1)
+    return SelectRows.apply(feature_map, kept), labels[kept]
 
 
 def proto_contrast(
@@ -82,8 +88,11 @@ def proto_contrast(
     """ProtoCL: contrast against class prototypes, -log softmax_k(q.m_k / t)[y].
 
     Features (N, A), labels (N,), mean (C, A), class_weight (C,) -> scalar, the mean over N (or
-    sum / `count`). Without a pixel it is a zero that still carries a graph.
+    sum / `count`). Without a pixel it is a zero that still carries a graph. Raises ValueError for
+    a label outside of 0..C-1 and a temperature that is not above 0.
     """
+    check_labels(labels, len(mean))
+    _check_temperature(temperature)
     similarity = features.float() @ mean.T / temperature
     losses = F.cross_entropy(similarity, labels, class_weight, reduction="none")
     return _mean(losses, count)
@@ -104,8 +113,11 @@ def bank_contrast(
     negative, and its pixels have loss 0.
 
     Features (N, A), labels (N,) -> scalar, the mean over N (or sum / `count`). Without a pixel it
-    is a zero that still carries a graph.
+    is a zero that still carries a graph. Raises ValueError for a label outside of the bank's
+    classes and a temperature that is not above 0.
     """
+    check_labels(labels, bank.num_classes)
+    _check_temperature(temperature)
     return _mean(BankContrast.apply(features.float(), labels, bank, temperature), count)
 
 
@@ -128,11 +140,19 @@ def dist_contrast(
     over N (or sum / `count`). Without a pixel it is a zero that still carries a graph. As in the
     authors' code, a class weight w_y multiplies the cross entropy of the logits
     q.m_k / t + q^2.S_k / (2 t^2), to which the positive's variance term is added unweighted.
+    Raises ValueError for a label outside of 0..C-1 and a temperature that is not above 0.
     """
+    check_labels(labels, len(mean))
+    _check_temperature(temperature)
     return _mean(
         DistContrast.apply(features.float(), labels, mean, variance, temperature, class_weight),
         count,
     )
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: it must be above 0")
 
 
 def _mean(losses: Tensor, count: Tensor | None) -> Tensor:
@@ -150,8 +170,10 @@ def regularizer(
     """R = sum_k log p_k / (C log C), p the softmax of the mean feature over the prototypes.
 
     R is not linear in the mean feature, so with `count` (the global number of pixels) the mean
-    itself is all-reduced, with gradient. Features (N, A), mean (C, A) -> scalar.
+    itself is all-reduced, with gradient. Features (N, A), mean (C, A) -> scalar. Raises ValueError
+    for a temperature that is not above 0.
     """
+    _check_temperature(temperature)
     total = features.float().sum(0)
     if count is None:
         count = total.new_tensor(len(features))

@@ -3,6 +3,7 @@
 Losses and gradients hold within 2e-5 of the largest value + 1e-7 + 4 x the stored float32 gap.
 """
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ DATA = Path(__file__).parent.parent / "data"
 CLASSES = 19
 
 
-def golden(name: str) -> dict[str, np.ndarray]:
-    return dict(np.load(DATA / f"{name}.npz"))
+def golden(name: str, folder: Path = DATA) -> dict[str, np.ndarray]:
+    return dict(np.load(folder / f"{name}.npz"))
 
 
 def ints(array: np.ndarray) -> torch.Tensor:
@@ -42,24 +43,39 @@ def test_downscaled_labels(case):
     assert (result.numpy() == stored[f"out_{case}"]).all()
 
 
-def test_selected_pixels():
+@pytest.mark.parametrize("case", range(3))
+def test_selected_pixels(case):
     stored = golden("prep")
-    features, labels = losses.select_pixels(
-        torch.from_numpy(stored["feat_0"]), ints(stored["mask_0"]), num_classes=CLASSES
-    )
-    assert (features.numpy() == stored["out_feat_0"]).all()
-    assert (labels.numpy() == stored["out_mask_0"]).all()
+    features = torch.from_numpy(stored[f"feat_{case}"])
+    labels = at_the_grid(features, stored[f"mask_{case}"], stored[f"pool_{case}"])
+    rows, classes = losses.select_pixels(features, labels, num_classes=CLASSES)
+    assert (rows.numpy() == stored[f"out_feat_{case}"]).all()
+    assert (classes.numpy() == stored[f"out_mask_{case}"]).all()
+
+
+def at_the_grid(features: torch.Tensor, mask: np.ndarray, pool: np.ndarray) -> torch.Tensor:
+    """Labels as they came (pool 1: a majority vote is to follow) or the nearest at the features."""
+    if pool:
+        return ints(mask)
+    return F.interpolate(ints(mask).float(), features.shape[-2:], mode="nearest").long()
 
 
 VARIANTS = ("proto", "dist", "bank")
-CONTRAST_CASES = [
-    (name, variant, temperature, regularized)
-    for name in sorted(path.stem for path in DATA.glob("loss_*.npz"))
-    for variant in VARIANTS
-    for temperature in ("100", "1", "0.1")
-    for regularized in (0, 1)
-    if f"loss_{variant}_t{temperature}_r{regularized}" in golden(name)
-]
+TEMPERATURES = ("100", "1", "0.1")
+ContrastCase = tuple[str, str, str, int]
+
+
+def contrast_cases(folder: Path, names: list[str]) -> list[ContrastCase]:
+    """(file, variant, temperature, weight of the regulariser) of every stored loss."""
+    return [
+        (name, *case)
+        for name in names
+        for case in product(VARIANTS, TEMPERATURES, (0, 1))
+        if "loss_{}_t{}_r{}".format(*case) in golden(name, folder)
+    ]
+
+
+CONTRAST_CASES = contrast_cases(DATA, sorted(path.stem for path in DATA.glob("loss_*.npz")))
 
 
 def test_every_stored_contrast_case_is_checked():
@@ -91,16 +107,15 @@ def contrast(variant, rows, labels, stored, temperature):
 
 
 def kept_pixels(features: torch.Tensor, stored) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = ints(stored["mask"])
-    if not stored["pool"]:  # nearest: the labels come at the features' size
-        mask = F.interpolate(mask.float(), features.shape[-2:], mode="nearest").long()
+    mask = at_the_grid(features, stored["mask"], stored["pool"])
     ratio = float(stored["min_ratio"])
     return losses.select_pixels(features, mask, num_classes=CLASSES, min_ratio=ratio)
 
 
-@pytest.mark.parametrize(("name", "variant", "temperature", "regularized"), CONTRAST_CASES)
-def test_contrast_and_regularizer(name, variant, temperature, regularized):
-    stored = golden(name)
+def check_contrast(case: ContrastCase, folder: Path = DATA) -> None:
+    """Loss and gradient of the map of features, with the regulariser where the case has it."""
+    name, variant, temperature, regularized = case
+    stored = golden(name, folder)
     key = f"{variant}_t{temperature}_r{regularized}"
     features = torch.from_numpy(stored["feat"]).requires_grad_()
     rows, labels = kept_pixels(features, stored)
@@ -117,15 +132,44 @@ def test_contrast_and_regularizer(name, variant, temperature, regularized):
     assert np.abs(features.grad.numpy() - gradient).max() <= bound
 
 
-@pytest.mark.parametrize("name", ["estimator_a16", "estimator_a64"])
-def test_class_statistics(name):
-    stored = golden(name)
+@pytest.mark.parametrize("case", CONTRAST_CASES, ids=str)
+def test_contrast_and_regularizer(case):
+    check_contrast(case)
+
+
+def check_regularizer(name: str, temperature: str, folder: Path = DATA) -> None:
+    """R alone and its gradient of the kept rows."""
+    stored = golden(name, folder)
+    rows, _ = kept_pixels(torch.from_numpy(stored["feat"]), stored)
+    rows.requires_grad_()
+    mean = torch.from_numpy(stored["mean"])
+    spread = losses.regularizer(rows, mean, temperature=float(temperature))
+    spread.backward()
+    assert spread.item() == pytest.approx(float(stored[f"reg_t{temperature}"]), rel=2e-5)
+    gradient = stored[f"reggrad_t{temperature}"]
+    assert np.abs(rows.grad.numpy() - gradient).max() <= 2e-5 * np.abs(gradient).max() + 1e-7
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("name", ["loss_a16", "loss_a16_classweight"])
+def test_regularizer_alone(name, temperature):
+    check_regularizer(name, temperature)
+
+
+def check_statistics(name: str, folder: Path = DATA) -> None:
+    """Count, mean and variance after each of five updates."""
+    stored = golden(name, folder)
     statistics = ClassStatistics(CLASSES, stored["feat_0"].shape[1])
     for k in range(5):
         statistics.update(torch.from_numpy(stored[f"feat_{k}"]), ints(stored[f"label_{k}"]))
         assert np.abs(statistics.mean.numpy() - stored[f"ave_{k}"]).max() < 1e-5
         assert np.abs(statistics.variance.numpy() - stored[f"cov_{k}"]).max() < 1e-5
         assert (statistics.count.numpy() == stored[f"amount_{k}"]).all()
+
+
+@pytest.mark.parametrize("name", ["estimator_a16", "estimator_a64"])
+def test_class_statistics(name):
+    check_statistics(name)
 
 
 @pytest.mark.parametrize("name", ["estimator_a16", "estimator_a64"])
