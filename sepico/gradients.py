@@ -12,6 +12,10 @@ from torch.nn.functional import softplus
 
 from sepico.statistics import CHUNK, FeatureBank
 
+# Pixels of a channel-first map that are transposed at once: 512 channels of them fit in the cache,
+# where one pixel alone touches a cache line of every channel.
+BLOCK = 256
+
 
 class SelectRows(torch.autograd.Function):
     """Pixels of a map (B, A, h, w) at `kept` (N,), ascending indices of B h w pixels: (N, A).
@@ -49,14 +53,13 @@ class SelectRows(torch.autograd.Function):
 def _blocks(
     feature_map: Tensor, kept: Tensor, rows: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """An image (A, h w), kept pixels of it and their rows (n, A), few enough for the cache: a row
-    touches as many cache lines of a channel-first map as there are channels."""
+    """An image (A, h w), up to BLOCK kept pixels of it, and their rows (n, A)."""
     planes = feature_map.flatten(2)
     size = planes.shape[2]
     counts = (kept // size).bincount(minlength=len(planes)).tolist()
     images = zip(planes, (kept % size).split(counts), rows.split(counts), strict=True)
     for plane, pixels, of_image in images:
-        for block in zip(pixels.split(CHUNK), of_image.split(CHUNK), strict=True):
+        for block in zip(pixels.split(BLOCK), of_image.split(BLOCK), strict=True):
             yield plane, *block
 
 

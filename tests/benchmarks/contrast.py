@@ -6,7 +6,9 @@ The sizes are the feature pixels of two 640x640 crops at stride 8 (ResNet-101) a
 measurement runs in a process of its own with one thread: the median CPU time of its repeats, and
 how far the process grew beyond its inputs (Linux only). The naive side is what the method's
 formulas say when they are written down one tensor at a time, as the authors' code does; it is left
-out where it would not fit in memory.
+out where it would not fit in memory. The last columns divide the largest size by the smallest; a
+little above linear is the price of tensors above 32 MiB, whose pages glibc takes from the kernel
+anew each time.
 """
 
 import argparse
@@ -177,6 +179,11 @@ def of_file(path: str, key: str) -> str:
     return next(line.split(":")[1].strip() for line in lines if line.startswith(key))
 
 
+def quotient(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    """Of times and of sizes; a size below 1 MiB is no divisor."""
+    return a[0] / b[0], a[1] / b[1] if b[1] >= 1 else float("nan")
+
+
 def row(what: str, side: str, values: list[tuple[float, float]], digits: tuple[int, int]) -> None:
     cells = [f"{v:>9.{d}f}" for pair in values for v, d in zip(pair, digits, strict=True)]
     print(f"{what:<20}{side:<8}" + "".join(cells), flush=True)
@@ -196,10 +203,9 @@ def compare(name: str, sizes: list[int], repeats: int) -> None:
             naive.append(in_own_process(name, True, pixels, repeats))
 
     def with_growth(values):
-        first, last = values[0], values[-1]
-        return [*values, tuple(b / a if a else float("nan") for a, b in zip(first, last))]
+        return [*values, quotient(values[-1], values[0])]
 
-    ratios = [(b[0] / a[0], b[1] / a[1] if a[1] else float("inf")) for a, b in zip(ours, naive)]
+    ratios = [quotient(theirs, mine) for theirs, mine in zip(naive, ours, strict=True)]
     row(name, "ours", with_growth(ours), (1, 0))
     row("", "naive", with_growth(naive), (0, 0))
     row("", "ratio", ratios, (1, 1))

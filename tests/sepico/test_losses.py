@@ -149,6 +149,16 @@ def test_a_class_without_rows_in_the_bank_is_no_positive_and_no_negative():
     assert total.item() < CLASSES * loss_of("bank", rows, labels).item()
 
 
+def test_a_class_without_a_negative_has_loss_and_gradient_zero():
+    bank = FeatureBank(CLASSES, WIDTH, length=3)
+    bank.update(draw(CLASSES, WIDTH), torch.arange(CLASSES) == 1)
+    rows = draw(6, WIDTH).requires_grad_()
+    loss = losses.bank_contrast(rows, torch.ones(6, dtype=torch.int64), bank, temperature=0.5)
+    loss.backward()
+    assert loss.item() == 0
+    assert rows.grad.abs().max() == 0
+
+
 def test_an_empty_bank_gives_a_zero_that_carries_a_graph():
     rows = draw(6, WIDTH).requires_grad_()
     bank = FeatureBank(CLASSES, WIDTH, length=3)
