@@ -21,6 +21,7 @@ from tests.jobs.training import TINY, run_job
         ({"data.rcs_min_pixels": "130"}, ["class4", "data.rcs_min_pixels"]),
         ({"data.crop_height": "320"}, ["smaller than the crop", "crop_height"]),
         ({"data.crop_height": "30"}, ["data.crop_height 30", "multiple"]),
+        ({"model.num_classes": "3"}, ["model.num_classes is 3", "5 classes", "set it to 0"]),
         ({"model.encoder_weights": "nowhere.pth"}, ["nowhere.pth"]),
         ({"model.encoder": "no_such_encoder"}, ["no_such_encoder"]),
         ({"workers": "4", "cpus_per_worker": "1"}, ["workers: 4", "2 CPU", "--workers"]),
