@@ -14,6 +14,7 @@ from tests.jobs.training import TINY, run_job
         ({"config": "no_such_preset"}, ["no_such_preset", "camvid_day2dusk", "demo"]),
         ({"contrast.temperature": "0"}, ["contrast.temperature", "above 0"]),
         ({"workers": "3"}, ["global_batch", "workers 3"]),
+        ({"workers": '{"min": 2, "max": 9}'}, ["workers is 2 to 9", "global_batch 4"]),
         ({"data.source": "s3://no-such-bucket/day"}, ["no-such-bucket", "create it"]),
         ({"storage.endpoint": "http://127.0.0.1:9"}, ["127.0.0.1:9", "endpoint"]),
         ({"data.source": "nowhere"}, ["nowhere", "jobs.ingest"]),
