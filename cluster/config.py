@@ -118,6 +118,13 @@ class TrainConfig(MethodConfig):
                 f"workers is {self.workers.min} to {self.workers.max}: it must lie within 1 and "
                 f"optimization.global_batch {self.optimization.global_batch}"
             )
+        passes = self.optimization.passes(self.worker_range.min)
+        if passes > 1 and self.contrast.regularizer_weight and self.method != "source_only":
+            raise ValueError(
+                f"optimization.micro_batch {self.optimization.micro_batch} makes {passes} passes a "
+                "step, over which the regulariser is not a sum: set contrast.regularizer_weight "
+                "to 0, or micro_batch to 0"
+            )
         for name in ("log_every", "checkpoint_every", "keep_last", "panel_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")

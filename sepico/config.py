@@ -5,6 +5,7 @@ fields and the fix. Iterations count at `optimization.reference_batch` images a 
 uses 2): a run with a larger global batch takes fewer, larger steps over the same samples.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -178,6 +179,8 @@ class OptimizationConfig:
     Attributes:
         iterations: Length of the run, in steps of `reference_batch` images.
         global_batch: Images of each domain in one optimiser step, over all workers.
+        micro_batch: Images of each domain in one pass of a worker; 0 for all of its share. More
+            passes cost time in place of memory, and batch-norm sees one pass at a time.
         reference_batch: Images a step at which iterations, warm-up and EMA decay are counted.
         scale_lr: How the rate follows global_batch / reference_batch.
         lr: Peak learning rate of the encoder.
@@ -191,6 +194,7 @@ class OptimizationConfig:
 
     iterations: int = 40000
     global_batch: int = 2
+    micro_batch: int = 0
     reference_batch: int = 2
     scale_lr: Literal["none", "sqrt", "linear"] = "none"
     lr: float = 6e-5
@@ -205,6 +209,13 @@ class OptimizationConfig:
         for name in ("iterations", "global_batch", "reference_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"optimization.{name} is {getattr(self, name)}: at least 1")
+        if self.micro_batch < 0:
+            raise ValueError(f"optimization.micro_batch is {self.micro_batch}: at least 0")
+
+    def passes(self, workers: int) -> int:
+        """Passes of a step, equally many on all workers, whatever their shares of the batch."""
+        largest, smallest = math.ceil(self.global_batch / workers), self.global_batch // workers
+        return min(math.ceil(largest / (self.micro_batch or largest)), max(smallest, 1))
 
     @property
     def batch_ratio(self) -> float:

@@ -9,48 +9,30 @@ The terms are scaled so that averaging gradients over ranks gives the gradient o
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sepico import augment, losses
+from sepico.batch import StepBatch
 from sepico.config import MethodConfig
 from sepico.contrast import PixelContrast, Projections
+from sepico.pseudo_labels import LabelledCrop, PseudoLabeller
 from sepico.schedule import contrast_start_step
-from sepico.teacher import Teacher, fuse_day_night, trust_mask
+from sepico.teacher import Teacher, trust_mask
 
 Student = Callable[..., tuple[Tensor | None, Tensor | None]]
 
 
-@dataclass
-class StepBatch:
-    """What one rank's slots of a step look like on the device.
+@dataclass(frozen=True)
+class _Global:
+    """What the step's all-reduce answers: over all images of the step, all ranks."""
 
-    Images are float32 on the 0..1 scale; `seeds` holds one seed a slot. The target comes whole,
-    the source cropped; `target_label` is for analysis only and never reaches a loss.
-    `target_reference`, the day image of the place that a night image shows, comes with
-    `teacher.day_night`.
-    """
-
-    seeds: list[int]
-    source_image: Tensor  # (B, 3, h, w)
-    source_label: Tensor  # (B, 1, h, w) int64
-    target_image: Tensor | None = None  # (B, 3, H, W)
-    target_label: Tensor | None = None  # (B, 1, H, W) int64
-    target_reference: Tensor | None = None  # (B, 3, H, W)
-
-
-@dataclass
-class _Labelled:
-    """A target crop with its pseudo-label and the pixels of it that carry a vote."""
-
-    image: Tensor  # (B, 3, h, w)
-    label: Tensor  # (B, h, w) int64
-    trusted_label: Tensor  # (B, 1, h, w) int64, ignored where untrusted
-    confident: Tensor  # () number of pixels above the threshold
-    truth: Tensor | None  # (B, h, w) int64, for analysis
-    reference: Tensor | None  # (B, 3, h, w), the same box of the day image
+    source_counts: Tensor  # (L,) kept pixels of each projection
+    target_counts: Tensor  # (L,)
+    confident_share: Tensor  # () of the target's pixels
 
 
 class AdaptationStep:
@@ -76,7 +58,6 @@ class AdaptationStep:
         self.class_weight = class_weight if weighted else None
         self.contrast_start = contrast_start_step(config.contrast.start, config.optimization)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.share = 1.0
         # Scalars and pictures of the latest step, for telemetry.
         self.metrics: dict[str, Tensor] = {}
         self.pictures: dict[str, Tensor] = {}
@@ -84,51 +65,61 @@ class AdaptationStep:
     def terms(self, student: Student, batch: StepBatch, step: int) -> Iterator[Tensor]:
         """Yield the step's loss terms; each graph may be freed before the next is asked for."""
         self.metrics, self.pictures = {}, {}
-        # Gradients are averaged over ranks, which may have more or fewer of the batch's images.
-        images = self.config.optimization.global_batch
-        self.share = self.world_size * len(batch.seeds) / images
+        batches = batch.split(self.config.optimization.passes(self.world_size))
         if self.config.method == "source_only":
-            yield from self._source_only(student, batch)
-        else:
-            yield from self._adapt(student, batch, step)
+            for batch in batches:
+                yield self._source_only(student, batch)
+            return
+        teacher = self.config.teacher
+        pseudo_label = PseudoLabeller(teacher, self.normalize, self.teacher, self.class_weight)
+        targets = [pseudo_label(batch) for batch in batches]
+        await_statistics = self._start_statistics(batches, targets)
+        for batch, target in zip(batches, targets, strict=True):
+            yield from self._adapt(student, batch, target, await_statistics, step)
 
-    def _source_only(self, student: Student, batch: StepBatch) -> Iterator[Tensor]:
+    def _source_only(self, student: Student, batch: StepBatch) -> Tensor:
         image = self._strong(batch.source_image, batch.seeds)
         logits, _ = student(self.normalize(image))
         loss = self._cross_entropy(logits, batch.source_label)
-        self.metrics["source_ce"] = loss.detach()
-        yield loss
+        self._measure("source_ce", loss)
+        return loss
 
-    def _adapt(self, student: Student, batch: StepBatch, step: int) -> Iterator[Tensor]:
+    def _adapt(
+        self,
+        student: Student,
+        batch: StepBatch,
+        target: LabelledCrop,
+        await_statistics: Callable[[], _Global],
+        step: int,
+    ) -> Iterator[Tensor]:
+        """The terms of one pass over some of the step's slots."""
         with_contrast = step >= self.contrast_start
-
-        target = self._pseudo_label(batch)
-        finish = self._start_statistics(batch, target)
-
         image = self._strong(batch.source_image, batch.seeds)
         logits, projections = student(self.normalize(image), projections=with_contrast)
         loss = self._cross_entropy(logits, batch.source_label)
-        self.metrics["source_ce"] = loss.detach()
-        source_counts, target_counts, confident_share = finish()
+        self._measure("source_ce", loss)
+        known = await_statistics()
         if with_contrast:
-            loss = loss + self._contrast("source", projections, batch.source_label, source_counts)
+            counts = known.source_counts
+            loss = loss + self._contrast("source", projections, batch.source_label, counts)
         yield loss
 
         if with_contrast:
             strong = self._strong(target.image, batch.seeds)
             _, projections = student(self.normalize(strong), logits=False)
-            yield self._contrast("target", projections, target.trusted_label, target_counts)
+            yield self._contrast("target", projections, target.trusted_label, known.target_counts)
 
-        mixed_image, mixed_label, weight = self._mix(batch, target, confident_share)
+        mixed_image, mixed_label, weight = self._mix(batch, target, known.confident_share)
         logits, _ = student(self.normalize(mixed_image), projections=False)
         loss = self._cross_entropy(logits, mixed_label, weight)
-        self.metrics["mix_ce"] = loss.detach()
-        self.metrics["confident_share"] = confident_share
+        self._measure("mix_ce", loss)
+        self.metrics["confident_share"] = known.confident_share
         if target.truth is not None:
             labelled = target.truth != 255
             right = (target.label == target.truth) & labelled
-            self.metrics["pseudo_label_right"] = self.share * right.float().mean()
-            self.metrics["pseudo_label_known"] = self.share * labelled.float().mean()
+            share = self._share(len(batch.seeds))
+            self._measure("pseudo_label_right", share * right.float().mean())
+            self._measure("pseudo_label_known", share * labelled.float().mean())
         self.pictures = {
             "source": batch.source_image,
             "source_label": batch.source_label[:, 0],
@@ -143,7 +134,15 @@ class AdaptationStep:
         yield loss
 
         if self.config.mic.weight:
-            yield self._masked_consistency(student, batch, target, confident_share)
+            yield self._masked_consistency(student, batch, target, known.confident_share)
+
+    def _share(self, images: int) -> float:
+        """Weight of a mean over some of this rank's images: gradients are averaged over ranks."""
+        return self.world_size * images / self.config.optimization.global_batch
+
+    def _measure(self, name: str, part: Tensor) -> None:
+        """Add a pass's part of a metric."""
+        self.metrics[name] = self.metrics.get(name, 0) + part.detach()
 
     def _strong(self, images: Tensor, seeds: list[int]) -> Tensor:
         return torch.stack(
@@ -153,96 +152,51 @@ class AdaptationStep:
             ]
         )
 
-    def _label(self, image: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Labels (B, H, W) int64 of target images (B, 3, H, W), and their scores (B, H, W).
-
-        With `teacher.day_night` the day image of the same place has its say.
-        """
-        config = self.config.teacher
-        if config.day_night:
-            day = self.teacher.probabilities(self.normalize(reference))
-            night = self.teacher.probabilities(self.normalize(image))
-            scores = fuse_day_night(
-                day, night, class_weight=self.class_weight, day_ratio=config.day_ratio
-            )
-        else:
-            scores = self.teacher.probabilities(self.normalize(image))
-        score, label = scores.max(1)
-        return label, score
-
-    def _pseudo_label(self, batch: StepBatch) -> _Labelled:
-        """Label the whole image, crop where classes balance, label the crop again."""
-        config = self.config.teacher
-        whole, _ = self._label(batch.target_image, batch.target_reference)
-        size = tuple(batch.source_image.shape[-2:])
-        boxes = [
-            augment.crop_target(label, seed, size, config)
-            for label, seed in zip(whole, batch.seeds, strict=True)
-        ]
-
-        def crop(planes: Tensor | None) -> Tensor | None:
-            if planes is None:
-                return None
-            return torch.stack(
-                [plane[:, y, x] for plane, (y, x) in zip(planes, boxes, strict=True)]
-            )
-
-        image, truth = crop(batch.target_image), crop(batch.target_label)
-        reference = crop(batch.target_reference)
-        label, score = self._label(image, reference)
-        trusted = trust_mask(*size, config.ignore_top, config.ignore_bottom).to(label.device) > 0
-        return _Labelled(
-            image,
-            label,
-            torch.where(trusted, label, 255)[:, None],
-            (score >= config.threshold).sum(),
-            None if truth is None else truth[:, 0],
-            reference,
-        )
-
     def _start_statistics(
-        self, batch: StepBatch, target: _Labelled
-    ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-        """Launch the step's one fused all-reduce; the returned call awaits and merges it.
-
-        It answers with the global numbers of kept source pixels and kept target pixels of each
-        projection, and the global share of confident target pixels.
-        """
-        embeddings = self.teacher.embeddings(self.normalize(batch.source_image))
-        kept = self.contrast.kept(embeddings, target.trusted_label)
-        extra = torch.cat([kept, target.confident[None]]).double()
-        sums = torch.cat([self.contrast.batch_sums(embeddings, batch.source_label), extra])
+        self, batches: list[StepBatch], targets: list[LabelledCrop]
+    ) -> Callable[[], _Global]:
+        """Launch the step's one fused all-reduce; the returned call awaits and merges it, once."""
+        parts = []
+        for batch, target in zip(batches, targets, strict=True):
+            embeddings = self.teacher.embeddings(self.normalize(batch.source_image))
+            kept = self.contrast.kept(embeddings, target.trusted_label)
+            extra = torch.cat([kept, target.confident[None]]).double()
+            of_source = self.contrast.batch_sums(embeddings, batch.source_label)
+            parts.append(torch.cat([of_source, extra]))
+        sums = torch.stack(parts).sum(0)
         work = None
         if dist.is_initialized():
             work = dist.all_reduce(sums, group=self.contrast.group, async_op=True)
 
-        def finish() -> tuple[Tensor, Tensor, Tensor]:
+        @cache
+        def finish() -> _Global:
             if work is not None:
                 work.wait()
             source_counts = self.contrast.merge(sums[: -len(extra)])
-            pixels = self.config.optimization.global_batch * target.label[0].numel()
-            confident = sums[-1] / pixels
-            return source_counts.float(), sums[-len(extra) : -1].float(), confident.float()
+            pixels = self.config.optimization.global_batch * targets[0].label[0].numel()
+            target_counts, confident = sums[-len(extra) : -1], sums[-1] / pixels
+            return _Global(source_counts.float(), target_counts.float(), confident.float())
 
         return finish
 
     def _cross_entropy(
         self, logits: Tensor, labels: Tensor, weight: Tensor | None = None
     ) -> Tensor:
-        """This rank's share of the global mean."""
+        """A pass's share of the global mean."""
         class_weight = self.class_weight
         loss = losses.cross_entropy(logits, labels, weight, class_weight=class_weight)
-        return self.share * loss
+        return self._share(len(labels)) * loss
 
     def _contrast(
         self, domain: str, projections: Projections, labels: Tensor, counts: Tensor
     ) -> Tensor:
         loss, parts = self.contrast.loss(projections, labels, counts)
-        self.metrics |= {f"{domain}_{name}": value for name, value in parts.items()}
+        for name, value in parts.items():
+            self._measure(f"{domain}_{name}", value)
         return loss
 
     def _mix(
-        self, batch: StepBatch, target: _Labelled, confident_share: Tensor
+        self, batch: StepBatch, target: LabelledCrop, confident_share: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """ClassMix of weak source and target crop, strongly augmented afterwards."""
         chosen = [
@@ -259,7 +213,7 @@ class AdaptationStep:
         return self._strong(image, batch.seeds), label, weight
 
     def _masked_consistency(
-        self, student: Student, batch: StepBatch, target: _Labelled, confident_share: Tensor
+        self, student: Student, batch: StepBatch, target: LabelledCrop, confident_share: Tensor
     ) -> Tensor:
         """Cross entropy of the masked target crop against the pseudo-label of the whole one."""
         config, size = self.config.mic, tuple(target.image.shape[-2:])
@@ -268,6 +222,7 @@ class AdaptationStep:
         # Zero after normalisation is the mean colour.
         image = image.masked_fill(masks[:, None].to(image.device), 0)
         logits, _ = student(image, projections=False)
-        loss = confident_share * self.share * losses.cross_entropy(logits, target.trusted_label)
-        self.metrics["mic_ce"] = loss.detach()
+        share = confident_share * self._share(len(image))
+        loss = share * losses.cross_entropy(logits, target.trusted_label)
+        self._measure("mic_ce", loss)
         return config.weight * loss

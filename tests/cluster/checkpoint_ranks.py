@@ -108,8 +108,8 @@ def _state(stage: int):
     from cluster.engine import Engine, shard_teacher
 
     network, teacher, contrast = build(CONFIG, dist.new_group())
-    use_batch_norm(network)
-    use_batch_norm(teacher.network)
+    use_batch_norm(network, CONFIG)
+    use_batch_norm(teacher.network, CONFIG)
     engine = Engine(
         network,
         EngineConfig(zero_stage=stage),

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,10 +38,11 @@ def method_config(method: str, start: int) -> MethodConfig:
 
     "distcl per stage" has a projection, statistics and a loss for each of two encoder stages,
     "distcl masked" the loss of masked target crops besides; "distcl day-night" labels the target
-    with the help of reference images.
+    with the help of reference images; "distcl micro" takes an image at a time, for which
+    batch-norm is frozen and the regulariser off.
     """
     method, _, variant = method.partition(" ")
-    stages, day_night = variant == "per stage", variant == "day-night"
+    stages, day_night, micro = (variant == v for v in ("per stage", "day-night", "micro"))
     return MethodConfig(
         method=method,
         model=ModelConfig(
@@ -56,7 +58,7 @@ def method_config(method: str, start: int) -> MethodConfig:
         ),
         contrast=ContrastConfig(
             temperature=0.5,
-            regularizer_weight=0.5,
+            regularizer_weight=0.0 if micro else 0.5,
             start=start,
             stage_weights=(1.0, 0.5) if stages else (),
         ),
@@ -70,7 +72,13 @@ def method_config(method: str, start: int) -> MethodConfig:
         augmentation=AugmentationConfig(),
         mic=MICConfig(weight=float(variant == "masked"), block_size=20),
         optimization=OptimizationConfig(
-            iterations=100, global_batch=BATCH, reference_batch=BATCH, lr=3e-5, warmup=0, power=0
+            iterations=100,
+            global_batch=BATCH,
+            micro_batch=int(micro),
+            reference_batch=BATCH,
+            lr=3e-5,
+            warmup=0,
+            power=0,
         ),
     )
 
@@ -131,8 +139,11 @@ class _ExactBatchNorm:
         return self.act(self.drop(y)) if hasattr(self, "act") else y
 
 
-def use_batch_norm(network: torch.nn.Module) -> None:
-    """Synchronised batch-norm; exact where a process is alone."""
+def use_batch_norm(network: torch.nn.Module, config: MethodConfig) -> None:
+    """Synchronised batch-norm, exact where a process is alone; frozen where a step has passes."""
+    if config.optimization.micro_batch:
+        set_batch_norm(network, "frozen")
+        return
     set_batch_norm(network, "sync")
     if dist.is_initialized() and dist.get_world_size() > 1:
         return
@@ -177,13 +188,14 @@ def _plain_run(config: MethodConfig, steps: int) -> tuple[dict, dict]:
     from cluster.engine import parameter_groups
 
     network, teacher, contrast = build(config)
-    use_batch_norm(network)
+    use_batch_norm(network, config)
     if teacher is not None:
-        use_batch_norm(teacher.network)
+        use_batch_norm(teacher.network, config)
     initial = result(network, teacher, contrast)
     groups = parameter_groups(network, config.optimization)
     optimizer = torch.optim.AdamW(groups, lr=3e-5, betas=config.optimization.betas)
-    step_terms = AdaptationStep(config, network.normalize, teacher, contrast, CLASS_WEIGHT)
+    whole = replace(config, optimization=replace(config.optimization, micro_batch=0))
+    step_terms = AdaptationStep(whole, network.normalize, teacher, contrast, CLASS_WEIGHT)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.optimization) * group["multiplier"]
@@ -227,9 +239,9 @@ def _train(engine_config: EngineConfig, config: MethodConfig, steps: int, group)
     from cluster.engine import Engine, shard_teacher
 
     network, teacher, contrast = build(config, group)
-    use_batch_norm(network)
+    use_batch_norm(network, config)
     if teacher is not None:
-        use_batch_norm(teacher.network)
+        use_batch_norm(teacher.network, config)
     engine = Engine(
         network,
         engine_config,
