@@ -14,7 +14,8 @@ from torchvision.io import decode_image, write_jpeg, write_png
 from cluster.datasets import find_sources, read_taxonomy
 from cluster.ingest import IngestConfig, build_shard, check, ingest, plan_shards
 from cluster.layouts import DATASETS
-from cluster.shards import ShardReader, read_manifest
+from cluster.reader import ShardReader
+from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, open_storage
 from jobs.command_line import run
 
