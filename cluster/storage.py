@@ -37,11 +37,10 @@ CREDENTIALS_FIX = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role "
     "(or --storage.anonymous true for a public bucket)"
 )
-# A body that stalls is given up after READ_TIMEOUT and asked for again, RETRIES times.
 CONNECT_TIMEOUT_S = 3
-READ_TIMEOUT_S = 20
-REQUEST_TIMEOUT_S = 120
-RETRIES = 3
+DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+# The client's threads belong to the process that first used it.
+_client_process: int | None = None
 
 
 class StorageError(ValueError):
@@ -50,6 +49,19 @@ class StorageError(ValueError):
 
 class MissingObjectError(StorageError):
     """The one line of an object that is not there."""
+
+
+class AccessDeniedError(StorageError):
+    """The one line of an object that may not be read or written."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a request may stall, how long it may take, and how often it is sent again."""
+
+    stall_s: float = 20
+    request_s: float = 120
+    retries: int = 3
 
 
 @dataclass
@@ -81,9 +93,9 @@ class Storage:
     Every method raises StorageError with one line that names the object and the fix.
     """
 
-    def __init__(self, url: str, config: StorageConfig) -> None:
+    def __init__(self, url: str, config: StorageConfig, patience: Patience) -> None:
         self.url = absolute_url(url).rstrip("/")
-        self._config = config
+        self._config, self._patience = config, patience
         self._scheme, self._bucket, self._path = _split(self.url)
 
     def __reduce__(self) -> NoReturn:
@@ -158,17 +170,21 @@ class Storage:
             if not Path(self._path).is_dir():
                 raise FileNotFoundError(self._path)
             return LocalStore(prefix=self._path)
-        return _s3_store(self.url, self._bucket, self._path, self._config)
+        return _s3_store(self.url, self._bucket, self._path, self._config, self._patience)
 
     @contextmanager
     def _errors_name(self, key: str) -> Iterator[None]:
         """Turn what the client raises into one line that names the object."""
+        where = f"{self.url}/{key}".rstrip("/")
+        _claim_client(where)
         try:
             yield
         except (BaseError, OSError) as error:
-            where = f"{self.url}/{key}".rstrip("/")
-            missing = isinstance(error, FileNotFoundError)
-            kind = MissingObjectError if missing else StorageError
+            kind = StorageError
+            if isinstance(error, FileNotFoundError):
+                kind = MissingObjectError
+            elif isinstance(error, DENIED):
+                kind = AccessDeniedError
             raise kind(f"{where}: {self._reason(error)}") from None
 
     def _reason(self, error: Exception) -> str:
@@ -177,19 +193,19 @@ class Storage:
             return f"no bucket {self._bucket!r}: create it or fix the URL"
         if isinstance(error, FileNotFoundError):
             return "no such object"
-        if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
+        if isinstance(error, DENIED):
             fix = CREDENTIALS_FIX if self._scheme == "s3" else "change the folder's permissions"
             return f"access denied: {fix}"
         # The first line only: the rest is the server's XML and the client's debug dump.
         return text.splitlines()[0].split(": <?xml")[0] if text else type(error).__name__
 
 
-def open_storage(url: str, config: StorageConfig) -> Storage:
+def open_storage(url: str, config: StorageConfig, patience: Patience | None = None) -> Storage:
     """Open `s3://bucket/prefix`, `file:///folder`, or a local path. Touches nothing yet.
 
     Raises StorageError for a URL it cannot read.
     """
-    return Storage(url, config)
+    return Storage(url, config, patience or Patience())
 
 
 def read_url(url: str, config: StorageConfig) -> bytes:
@@ -247,7 +263,21 @@ def _region(config: StorageConfig) -> str:
     return config.region or boto3.Session().region_name or "us-east-1"
 
 
-def _s3_store(url: str, bucket: str, prefix: str, config: StorageConfig) -> S3Store:
+def _claim_client(where: str) -> None:
+    """A child of fork has its parent's sockets and none of its threads: it would wait for ever."""
+    global _client_process
+    if _client_process is None:
+        _client_process = os.getpid()
+    if _client_process != os.getpid():
+        raise StorageError(
+            f"{where}: this process was forked from one that had used object storage: "
+            "start it with spawn"
+        )
+
+
+def _s3_store(
+    url: str, bucket: str, prefix: str, config: StorageConfig, patience: Patience
+) -> S3Store:
     options = {"region": _region(config), "virtual_hosted_style_request": not config.path_style}
     if endpoint := _endpoint(config):
         options["aws_endpoint_url_s3"] = endpoint  # the key that wins over the environment
@@ -267,10 +297,10 @@ def _s3_store(url: str, bucket: str, prefix: str, config: StorageConfig) -> S3St
         client_options={
             "allow_http": True,
             "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-            "read_timeout": timedelta(seconds=READ_TIMEOUT_S),
-            "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),
+            "read_timeout": timedelta(seconds=patience.stall_s),
+            "timeout": timedelta(seconds=patience.request_s),
         },
-        retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=60)},
+        retry_config={"max_retries": patience.retries, "retry_timeout": timedelta(seconds=60)},
     )
 
 
