@@ -9,7 +9,8 @@ import torch
 
 from cluster import shards
 from cluster.config import TrainConfig
-from cluster.loader import DataConfig, TrainLoader, check_data
+from cluster.data import DataConfig, check_data
+from cluster.loader import TrainLoader
 from cluster.reader import ShardReader
 from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage

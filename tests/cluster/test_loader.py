@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from cluster.crops import crop_box, rare_class_crop
-from cluster.loader import DataConfig, TrainLoader, check_data, load_samples
+from cluster.data import DataConfig, check_data
+from cluster.loader import TrainLoader, load_samples
+from cluster.read_metrics import summarize
 from cluster.reader import ShardReader
 from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage
@@ -160,7 +162,7 @@ def test_waiting_is_measured(urls):
         DataConfig(**urls, **CROP), StorageConfig(), seed=0, global_batch=2, rank=0, world_size=1
     )
     next(iter(loader))
-    assert loader.wait_seconds > 0
+    assert summarize(loader.metrics.take())["data_wait_share"] > 0
     loader.close()
 
 
