@@ -81,7 +81,7 @@ class ShardCache:
 
     def _path(self, ranges: RangeReader, shard: Shard) -> Path:
         name = f"{ranges.url}/{shard.name} {shard.size} {shard.checksum}"
-        return self._folder / f"{xxhash.xxh3_128_hexdigest(name)}.arrow"
+        return self._folder / f"{xxhash.xxh3_128_hexdigest(name.encode())}.arrow"
 
     def _ask(self, ranges: RangeReader, shard: Shard, path: Path) -> None:
         with self._lock:
