@@ -12,7 +12,8 @@ import torch
 from torchvision.io import decode_image, write_jpeg, write_png
 
 from cluster.datasets import find_sources, read_taxonomy
-from cluster.ingest import IngestConfig, build_shard, check, ingest, plan_shards
+from cluster.conversion import build_shard, stored_sizes
+from cluster.ingest import IngestConfig, check, ingest, plan_shards
 from cluster.layouts import DATASETS
 from cluster.shards import ShardReader, read_manifest
 from cluster.storage import StorageConfig, open_storage
