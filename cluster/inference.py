@@ -10,7 +10,8 @@ from torch import nn
 from cluster.engine import autocast_dtype, set_up_process
 from cluster.evaluation import EvaluationTask, task_networks
 from cluster.loader import load_samples
-from cluster.shards import ShardReader, read_manifest
+from cluster.reader import ShardReader
+from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, open_storage
 from sepico.metrics import ConfusionMatrix
 from sepico.network import Segmentor

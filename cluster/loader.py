@@ -18,8 +18,9 @@ from itertools import islice
 import torch
 
 from cluster.crops import maybe_flip, rare_class_crop
+from cluster.reader import Sample, ShardReader
 from cluster.sampling import Draw, Sampler
-from cluster.shards import Manifest, Sample, ShardReader, read_manifest
+from cluster.shards import Manifest, read_manifest
 from cluster.storage import StorageConfig, open_storage
 from sepico.randomness import slot_generator
 from sepico.taxonomies import CITYSCAPES_19

@@ -31,6 +31,10 @@ from obstore.store import ObjectStore
 
 from cluster import stores
 
+DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+# The client's threads belong to the process that first used it.
+_client_process: int | None = None
+
 
 class StorageError(ValueError):
     """One line that names the URL or key and the fix."""
@@ -38,6 +42,19 @@ class StorageError(ValueError):
 
 class MissingObjectError(StorageError):
     """The one line of an object that is not there."""
+
+
+class AccessDeniedError(StorageError):
+    """The one line of an object that may not be read or written."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a request may stall, how long it may take, and how often it is sent again."""
+
+    stall_s: float = 20
+    request_s: float = 120
+    retries: int = 3
 
 
 @dataclass
@@ -70,9 +87,9 @@ class Storage:
     Every method raises StorageError with one line that names the object and the fix.
     """
 
-    def __init__(self, url: str, config: StorageConfig) -> None:
+    def __init__(self, url: str, config: StorageConfig, patience: Patience) -> None:
         self.url = absolute_url(url).rstrip("/")
-        self._config = config
+        self._config, self._patience = config, patience
         self._scheme, self._bucket, self._path = _split(self.url)
 
     @property
@@ -164,7 +181,8 @@ class Storage:
             return
         with self._errors_name(""):
             if self._scheme != "s3":
-                stores.look_into(self._scheme, self._bucket, self._path, self._config)
+                quick = Patience(stores.CONNECT_TIMEOUT_S, stores.CONNECT_TIMEOUT_S, retries=1)
+                next(iter(obstore.list(self._open(quick), chunk_size=1)), None)
             elif refusal := stores.s3_refusal(self._bucket, self._config):
                 raise StorageError(f"{self.url}: {refusal}")
 
@@ -172,19 +190,26 @@ class Storage:
     def _store(self) -> ObjectStore:
         if self._scheme == "file" and not Path(self._path).is_dir():
             raise FileNotFoundError(self._path)
-        return stores.open_store(self._scheme, self._bucket, self._path, self._config)
+        return self._open(self._patience)
+
+    def _open(self, patience: Patience) -> ObjectStore:
+        return stores.open_store(self._scheme, self._bucket, self._path, self._config, patience)
 
     @contextmanager
     def _errors_name(self, key: str) -> Iterator[None]:
         """Turn what the client raises into one line that names the object."""
+        where = f"{self.url}/{key}".rstrip("/")
+        _claim_client(where)
         try:
             yield
         except stores.NoCredentialsError:
             raise StorageError(f"{self.url}: {self._no_credentials()}") from None
         except (BaseError, OSError) as error:
-            where = f"{self.url}/{key}".rstrip("/")
-            missing = isinstance(error, FileNotFoundError)
-            kind = MissingObjectError if missing else StorageError
+            kind = StorageError
+            if isinstance(error, FileNotFoundError):
+                kind = MissingObjectError
+            elif isinstance(error, DENIED):
+                kind = AccessDeniedError
             raise kind(f"{where}: {self._reason(error)}") from None
 
     def _reason(self, error: Exception) -> str:
@@ -193,7 +218,7 @@ class Storage:
             return f"no bucket {self._bucket!r}: create it or fix the URL"
         if isinstance(error, FileNotFoundError):
             return "no such object"
-        if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
+        if isinstance(error, DENIED):
             return f"access denied: {stores.CREDENTIALS_FIX[self._scheme]}"
         if "token request" in text:  # the last link of the chain: a cloud machine's own identity
             return self._no_credentials()
@@ -207,14 +232,14 @@ class Storage:
         return f"no {provider} credentials: {stores.CREDENTIALS_FIX[self._scheme]}"
 
 
-def open_storage(url: str, config: StorageConfig) -> Storage:
+def open_storage(url: str, config: StorageConfig, patience: Patience | None = None) -> Storage:
     """Open `s3://bucket/prefix`, `gs://`, `az://`, `file:///folder`, or a local path.
 
     Touches nothing yet.
 
     Raises StorageError for a URL it cannot read.
     """
-    return Storage(url, config)
+    return Storage(url, config, patience or Patience())
 
 
 def read_url(url: str, config: StorageConfig) -> bytes:
@@ -240,7 +265,7 @@ def pyarrow_filesystem(url: str, config: StorageConfig) -> tuple[pyarrow.fs.File
     process finds its own.
     """
     scheme, bucket, path = _split(absolute_url(url).rstrip("/"))
-    filesystem = stores.arrow_filesystem(scheme, config)
+    filesystem = stores.arrow_filesystem(scheme, config, Patience())
     return filesystem, path if scheme == "file" else f"{bucket}/{path}".rstrip("/")
 
 
@@ -255,6 +280,18 @@ def _split(url: str) -> tuple[str, str, str]:
         f"cannot read the URL {url!r}: use s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, "
         "az://CONTAINER/PREFIX or file:///FOLDER"
     )
+
+
+def _claim_client(where: str) -> None:
+    """A child of fork has its parent's sockets and none of its threads: it would wait for ever."""
+    global _client_process
+    if _client_process is None:
+        _client_process = os.getpid()
+    if _client_process != os.getpid():
+        raise StorageError(
+            f"{where}: this process was forked from one that had used object storage: "
+            "start it with spawn"
+        )
 
 
 def _check_folder(url: str, folder: Path) -> None:

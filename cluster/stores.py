@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import boto3
 import botocore.config
 import botocore.exceptions
-import obstore
 import pyarrow.fs
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.fsspec import FsspecStore
 from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store
 
 if TYPE_CHECKING:
-    from cluster.storage import StorageConfig
+    from cluster.storage import Patience, StorageConfig
 
 CREDENTIALS_FIX = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role "
@@ -33,18 +32,16 @@ CREDENTIALS_FIX = {
     "and AZURE_TENANT_ID (or --storage.anonymous true for a public container)",
     "file": "change the folder's permissions",
 }
-# A body that stalls is given up after READ_TIMEOUT and asked for again, RETRIES times.
 CONNECT_TIMEOUT_S = 3
-READ_TIMEOUT_S = 20
-REQUEST_TIMEOUT_S = 120
-RETRIES = 3
 
 
 class NoCredentialsError(ValueError):
     """The provider's chain found no credentials."""
 
 
-def open_store(scheme: str, bucket: str, path: str, config: StorageConfig) -> ObjectStore:
+def open_store(
+    scheme: str, bucket: str, path: str, config: StorageConfig, patience: Patience
+) -> ObjectStore:
     """The client for the objects below `path`. Raises NoCredentialsError where that shows now."""
     if scheme == "file":
         return LocalStore(prefix=path)
@@ -55,11 +52,13 @@ def open_store(scheme: str, bucket: str, path: str, config: StorageConfig) -> Ob
                 options["credential_provider"] = Boto3CredentialProvider(boto3.Session())
             except ValueError:
                 raise NoCredentialsError from None
-        return S3Store(bucket, **options, **_patience())
-    return {"gs": GCSStore, "az": AzureStore}[scheme](bucket, **options, **_patience())
+        return S3Store(bucket, **options, **_waiting(patience))
+    return {"gs": GCSStore, "az": AzureStore}[scheme](bucket, **options, **_waiting(patience))
 
 
-def arrow_filesystem(scheme: str, config: StorageConfig) -> pyarrow.fs.FileSystem:
+def arrow_filesystem(
+    scheme: str, config: StorageConfig, patience: Patience
+) -> pyarrow.fs.FileSystem:
     """A file system whose paths are BUCKET/KEY. Its pickle carries no credentials."""
     if scheme == "file":
         return pyarrow.fs.LocalFileSystem()
@@ -73,7 +72,7 @@ def arrow_filesystem(scheme: str, config: StorageConfig) -> pyarrow.fs.FileSyste
             force_virtual_addressing=not config.path_style,
         )
     # Arrow's own clients for these two know fewer kinds of credentials than obstore's.
-    store = FsspecStore(scheme, config=_options(scheme, config), **_patience())
+    store = FsspecStore(scheme, config=_options(scheme, config), **_waiting(patience))
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store))
 
 
@@ -121,15 +120,6 @@ def s3_refusal(bucket: str, config: StorageConfig) -> str | None:
     return None
 
 
-def look_into(scheme: str, bucket: str, path: str, config: StorageConfig) -> None:
-    """List one object of a gs:// or az:// bucket, within seconds; raises what obstore raises."""
-    kind = {"gs": GCSStore, "az": AzureStore}[scheme]
-    store = kind(
-        bucket, prefix=path or None, config=_options(scheme, config), **_patience(quick=True)
-    )
-    next(iter(obstore.list(store, chunk_size=1)), None)
-
-
 def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"skip_signature": True} if config.anonymous else {}
     if scheme == "s3":
@@ -142,18 +132,16 @@ def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:
     return options
 
 
-def _patience(*, quick: bool = False) -> dict[str, Any]:
-    """How long a client waits and how often it tries again."""
-    read, request = (CONNECT_TIMEOUT_S,) * 2 if quick else (READ_TIMEOUT_S, REQUEST_TIMEOUT_S)
+def _waiting(patience: Patience) -> dict[str, Any]:
     return {
         "client_options": {
             "allow_http": True,
             "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-            "read_timeout": timedelta(seconds=read),
-            "timeout": timedelta(seconds=request),
+            "read_timeout": timedelta(seconds=patience.stall_s),
+            "timeout": timedelta(seconds=patience.request_s),
         },
         "retry_config": {
-            "max_retries": 1 if quick else RETRIES,
-            "retry_timeout": timedelta(seconds=5 if quick else 60),
+            "max_retries": patience.retries,
+            "retry_timeout": timedelta(seconds=60),
         },
     }

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from cluster.config import TrainConfig
 from cluster.evaluation import evaluate_tasks, load_network, tasks_of_run
 from cluster.ingest import IngestConfig, ingest
-from cluster.shards import ShardReader, read_manifest
+from cluster.reader import ShardReader
+from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, absolute_url, open_storage
 from cluster.training import connect_ray, train
 from jobs.command_line import parse, run

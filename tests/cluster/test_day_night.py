@@ -10,7 +10,8 @@ import torch
 from cluster import shards
 from cluster.config import TrainConfig
 from cluster.loader import DataConfig, TrainLoader, check_data
-from cluster.shards import ShardReader, read_manifest
+from cluster.reader import ShardReader
+from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage
 from cluster.training import resolve
 from sepico.config import TeacherConfig

@@ -11,7 +11,8 @@ import torch
 
 from cluster.crops import crop_box, rare_class_crop
 from cluster.loader import DataConfig, TrainLoader, check_data, load_samples
-from cluster.shards import ShardReader, read_manifest
+from cluster.reader import ShardReader
+from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "crop.npz")

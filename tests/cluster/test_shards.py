@@ -10,7 +10,8 @@ import torch
 from torchvision.io import decode_image
 
 from cluster import shards
-from cluster.shards import ShardReader, read_manifest
+from cluster.reader import ShardReader
+from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage
 
 

@@ -1,5 +1,6 @@
 """Folders and buckets behave alike, and what is wrong with either is one line within seconds."""
 
+import multiprocessing
 import os
 import pickle
 import socket
@@ -63,6 +64,23 @@ def test_a_missing_object_is_named_with_its_url(storage):
 def test_a_storage_is_not_pickled(storage):
     with pytest.raises(TypeError, match="belongs to one process"):
         pickle.dumps(storage)
+
+
+def test_a_forked_child_is_told_to_spawn(storage):
+    """It has none of the client's threads: without the check it waits for ever."""
+    storage.put("a", b"1")
+
+    def read(connection):
+        try:
+            connection.send(open_storage(storage.url, storage._config).get("a"))
+        except StorageError as error:
+            connection.send(str(error))
+
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=read, args=(there,), daemon=True)
+    child.start()
+    assert here.poll(20) and "start it with spawn" in here.recv()
+    child.join()
 
 
 def test_readers_see_whole_objects_while_a_writer_replaces_them(storage):

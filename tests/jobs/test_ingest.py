@@ -11,11 +11,12 @@ import pytest
 import torch
 from torchvision.io import decode_image, write_jpeg, write_png
 
+from cluster.conversion import build_shard
 from cluster.datasets import find_sources, read_taxonomy
-from cluster.conversion import build_shard, stored_sizes
 from cluster.ingest import IngestConfig, check, ingest, plan_shards
 from cluster.layouts import DATASETS
-from cluster.shards import ShardReader, read_manifest
+from cluster.reader import ShardReader
+from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, open_storage
 from jobs.command_line import run
 
