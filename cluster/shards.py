@@ -9,8 +9,7 @@ its new manifest stands.
 A manifest is one record batch without compression: its columns are used where they lie, in a
 file that all processes of a node map, so ten million samples cost a process next to nothing.
 
-Arrow does not notice a flipped payload byte: every read compares the xxh3 of the bytes with the
-manifest's, and a sample that stays damaged is an error with its key in it, never skipped.
+Arrow does not notice a flipped payload byte, hence the checksums; `cluster.reader` compares them.
 """
 
 from __future__ import annotations

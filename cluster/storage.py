@@ -115,7 +115,7 @@ class Storage:
         with self._errors_name(key):
             if self._scheme == "file":
                 Path(self._path).mkdir(parents=True, exist_ok=True)
-            obstore.put(self._store, key, data)
+            obstore.put(self._store, key, memoryview(data).cast("B"))
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object that is not there yet; False, and nothing written, if it is.

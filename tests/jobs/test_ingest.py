@@ -189,7 +189,7 @@ def test_bad_data_is_named_and_an_earlier_data_set_stays(ray_cluster, make_folde
     assert storage.list() == before
     manifest = read_manifest(storage)
     reader = ShardReader(storage, manifest)
-    assert [reader.read(i).key for i in range(4)] == manifest.keys
+    assert [reader.read(i).key for i in range(4)] == list(manifest.keys)
 
 
 def _missing_root(root):
