@@ -159,8 +159,8 @@ def write_dataset() -> Callable[..., None]:
 
     `references` is a folder like `folder`; its images of the same name become the references.
     """
+    from cluster.conversion import build_shard
     from cluster.datasets import find_sources, read_taxonomy
-    from cluster.ingest import build_shard
     from cluster.layouts import DATASETS
     from cluster.shards import Shard, write_manifest
 

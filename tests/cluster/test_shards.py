@@ -25,7 +25,7 @@ def test_samples_round_trip(folder, storage):
     manifest = read_manifest(storage)
     reader = ShardReader(storage, manifest)
     assert len(manifest) == 12 and manifest.image_size == (48, 64)
-    assert manifest.keys == [f"frame{i:03d}" for i in range(12)]
+    assert list(manifest.keys) == [f"frame{i:03d}" for i in range(12)]
     for i, key in enumerate(manifest.keys):
         sample = reader.read(i)
         label = decode_image(folder / f"labels/{key}.png")[0]
@@ -85,11 +85,16 @@ def test_a_missing_manifest_says_what_to_run(tmp_path):
         read_manifest(storage)
 
 
-def test_a_later_schema_version_is_refused(storage, folder, write_dataset, monkeypatch):
-    monkeypatch.setattr(shards, "SCHEMA_VERSION", 2)
+@pytest.mark.parametrize(
+    ("version", "fix"), [(3, "update the code or ingest again"), (1, "ingest it again")]
+)
+def test_another_schema_version_is_refused(
+    storage, folder, write_dataset, monkeypatch, version, fix
+):
+    monkeypatch.setattr(shards, "SCHEMA_VERSION", version)
     write_dataset(folder, storage)
     monkeypatch.undo()
-    with pytest.raises(StorageError, match="schema_version 2, this code reads up to 1"):
+    with pytest.raises(StorageError, match=f"schema_version {version}, this code reads 2: {fix}"):
         read_manifest(storage)
 
 
@@ -104,7 +109,7 @@ def test_a_damaged_manifest_is_refused(storage):
         except StorageError as error:
             assert "manifest.arrow" in str(error)
         else:  # a byte that carries nothing: padding, or the copy of the schema in the footer
-            assert manifest.keys == [f"frame{i:03d}" for i in range(12)]
+            assert list(manifest.keys) == [f"frame{i:03d}" for i in range(12)]
     for content in (b"", b"no arrow", intact[:200]):
         storage.put("manifest.arrow", content)
         with pytest.raises(StorageError, match="damaged"):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torchvision.io import decode_image, write_jpeg, write_png
 
+from cluster.conversion import build_shard
 from cluster.datasets import find_sources, read_taxonomy
-from cluster.ingest import IngestConfig, build_shard, check, ingest, plan_shards
+from cluster.ingest import IngestConfig, check, ingest, plan_shards
 from cluster.layouts import DATASETS
 from cluster.reader import ShardReader
 from cluster.shards import read_manifest
@@ -188,7 +189,7 @@ def test_bad_data_is_named_and_an_earlier_data_set_stays(ray_cluster, make_folde
     assert storage.list() == before
     manifest = read_manifest(storage)
     reader = ShardReader(storage, manifest)
-    assert [reader.read(i).key for i in range(4)] == manifest.keys
+    assert [reader.read(i).key for i in range(4)] == list(manifest.keys)
 
 
 def _missing_root(root):

@@ -1,0 +1,67 @@
+"""Writes one Arrow shard in memory, and finds the samples in a shard's bytes.
+
+What the manifest says of a shard is always read from its bytes, whether they were just written or
+come back from the store: there is one way to know where a sample lies.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from cluster.shards import LABEL_CODEC, LABEL_COMPRESSION_LEVEL, record_batches, shard_schema
+from sepico.taxonomies import Taxonomy
+
+
+class ShardWriter:
+    """Builds one shard, a record batch a sample."""
+
+    def __init__(self, taxonomy: Taxonomy) -> None:
+        self._num_classes = taxonomy.num_classes
+        self._schema = shard_schema(taxonomy.num_classes)
+        self._sink = pa.BufferOutputStream()
+        self._codec = pa.Codec(LABEL_CODEC, compression_level=LABEL_COMPRESSION_LEVEL)
+        self._writer = pa.ipc.new_file(self._sink, self._schema)
+
+    def add(
+        self,
+        key: str,
+        image: bytes,
+        size: tuple[int, int],
+        label: np.ndarray | None,
+        reference: bytes | None = None,
+    ) -> None:
+        """Append a sample: encoded `image` of `size` (H, W) and its (H, W) uint8 `label`.
+
+        `reference` is an encoded image of the same size.
+        """
+        row = {"key": key, "height": size[0], "width": size[1], "image": image}
+        row |= {"label": None, "reference": reference, "pixel_counts": None}
+        if label is not None:
+            row["label"] = self._codec.compress(label.tobytes(), asbytes=True)
+            row["pixel_counts"] = np.bincount(label.ravel(), minlength=256)[: self._num_classes]
+        self._writer.write_batch(pa.RecordBatch.from_pylist([row], self._schema))
+
+    def finish(self) -> pa.Buffer:
+        """The bytes of the shard."""
+        self._writer.close()
+        return self._sink.getvalue()
+
+
+def shard_rows(data: pa.Buffer, num_classes: int) -> pa.Table:
+    """The manifest's rows of a shard, in order: its samples, their places and checksums."""
+    schema = shard_schema(num_classes)
+    ranges = record_batches(data)
+    payloads = [data[begin:end] for begin, end in ranges]
+    samples = [pa.ipc.read_record_batch(payload, schema) for payload in payloads]
+    described = [batch.select(["key", "height", "width", "pixel_counts"]) for batch in samples]
+    places = {
+        "offset": pa.array([begin for begin, _ in ranges], pa.int64()),
+        "length": pa.array([end - begin for begin, end in ranges], pa.uint32()),
+        "checksum": pa.array([xxhash.xxh3_64_intdigest(p) for p in payloads], pa.uint64()),
+    }
+    table = pa.Table.from_batches(described).combine_chunks()
+    for name, column in places.items():
+        table = table.append_column(name, column)
+    return table
