@@ -97,7 +97,9 @@ class _Trainer:
             network.normalize,
             self.teacher,
             self.contrast,
-            class_weights(torch.from_numpy(pixel_counts), config.teacher.class_weight_std).to(device),
+            class_weights(torch.from_numpy(pixel_counts), config.teacher.class_weight_std).to(
+                device
+            ),
         )
         self.log = RunLog(run, self.start) if self.rank == 0 else None
         self.preemption: ray.train.PreemptionInfo | None = None
