@@ -10,6 +10,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -108,7 +109,6 @@ class Limit(Arrow):
                 sample = reader.decode(order[turn % 64], payloads[turn % 64])
                 yield sample.image, sample.label
             return
-        from concurrent.futures import ThreadPoolExecutor
 
         def get(i: int):
             shard = manifest.shards[manifest.shard[i]].name
@@ -139,11 +139,8 @@ class Mosaic:
             remote=url, local=str(folder), shuffle=True, shuffle_algo="naive", batch_size=8
         )
         for sample in data:
-            yield (
-                decode(sample["image"], sample["label"])
-                if decoded
-                else (sample["image"], sample["label"])
-            )
+            both = sample["image"], sample["label"]
+            yield decode(*both) if decoded else both
 
 
 class Lit:
@@ -170,11 +167,8 @@ class Lit:
             storage_options={"endpoint_url": endpoint},
         )
         for sample in data:
-            yield (
-                decode(sample["image"], sample["label"])
-                if decoded
-                else (sample["image"], sample["label"])
-            )
+            both = sample["image"], sample["label"]
+            yield decode(*both) if decoded else both
 
 
 class Web:
@@ -204,9 +198,8 @@ class Web:
         pipes = [f"pipe:curl -s -f '{address}'" for address in signed]
         data = webdataset.WebDataset(pipes, shardshuffle=False, empty_check=False)
         for sample in data:
-            yield (
-                decode(sample["jpg"], sample["png"]) if decoded else (sample["jpg"], sample["png"])
-            )
+            both = sample["jpg"], sample["png"]
+            yield decode(*both) if decoded else both
 
 
 READERS = {
