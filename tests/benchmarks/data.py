@@ -146,9 +146,11 @@ def main() -> None:
     images = make_images()
     mean = np.mean([len(image) for image, _ in images])
     print(f"{platform.platform()}, {os.cpu_count()} cores; JPEG {mean / 1e3:.0f} KB on average")
-    with tempfile.TemporaryDirectory(prefix="bench-") as root:
-        with run_s3_server(_made(root, "s3")) as s3:
-            compare(Path(root), s3, images, readers, arguments.samples, arguments.processes)
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as root,
+        run_s3_server(_made(root, "s3")) as s3,
+    ):
+        compare(Path(root), s3, images, readers, arguments.samples, arguments.processes)
 
 
 def compare(
