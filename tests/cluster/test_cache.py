@@ -148,7 +148,7 @@ def test_what_a_killed_worker_left_is_removed(url, worker, tmp_path, processes):
     """It dies in the middle of a download: no half shard is read, its file goes."""
     ready, child_ready = multiprocessing.Pipe()
     child = processes.Process(
-        target=_stall_in_download, args=(url, str(tmp_path / "cache"), child_ready)
+        target=_stall_in_download, args=(url, str(tmp_path / "cache"), child_ready), daemon=True
     )
     child.start()
     assert ready.poll(60)
