@@ -83,10 +83,12 @@ def test_workers_together_have_the_batch_of_one(urls, world_size):
             assert torch.equal(part.target_image, expected.target_image[mine])
 
 
-def test_a_resume_continues_the_sequence(urls):
-    whole = batches(urls, steps=8)
-    for expected, resumed in zip(whole[5:], batches(urls, steps=3, start=5), strict=True):
-        assert_equal(expected, resumed)
+@pytest.mark.parametrize("start", [1, 4, 7])
+def test_a_resume_continues_the_sequence(urls, start):
+    whole = batches(urls, steps=9)
+    resumed = batches(urls, steps=9 - start, start=start)
+    for expected, found in zip(whole[start:], resumed, strict=True):
+        assert_equal(expected, found)
 
 
 def test_threads_and_prefetch_change_nothing(urls):
