@@ -167,15 +167,22 @@ def test_closing_leaves_nothing(urls, bucket, tmp_path, remote):
     """No thread, no child, no file open, no file in the making."""
     places, config = bucket if remote else (urls, StorageConfig())
 
+    closed = []  # kept, so that nothing is only garbage
+
     def read():
-        batches(places, steps=2, storage=config, prefetch=20, cache=str(tmp_path / "cache"))
+        data = DataConfig(**places, **CROP, prefetch=20, cache=str(tmp_path / "cache"))
+        loader = TrainLoader(data, config, seed=1, global_batch=6, rank=0, world_size=1)
+        assert len(list(islice(loader, 2))) == 2
+        loader.close()
+        closed.append(loader)
         return set(threading.enumerate()), psutil.Process().children(), open_files()
 
-    # The client's own threads and sockets belong to the process: the first time makes them.
-    before = read()
+    before = set(threading.enumerate()), psutil.Process().children()
+    # The client's own sockets belong to the process: the first time makes them.
+    files_before = read()[2]
     for _ in range(3):
         threads, children, files = read()
-        assert (threads, children) == before[:2] and len(files) <= len(before[2])
+        assert (threads, children) == before and len(files) <= len(files_before)
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
