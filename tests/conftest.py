@@ -189,6 +189,11 @@ def write_dataset() -> Callable[..., None]:
     return write
 
 
+@pytest.fixture
+def unused_port() -> int:
+    return _free_ports(1)[0]
+
+
 def _free_ports(count: int) -> list[int]:
     """Distinct ports that are free now: all are held until the last one is found."""
     with ExitStack() as stack:
