@@ -1,12 +1,13 @@
 """Reading samples of a data set by byte range, each verified.
 
-Arrow does not notice a flipped payload byte: every read compares the xxh3 of the bytes with the
-manifest's, and a sample that stays damaged is an error with its key in it, never skipped.
+Arrow does not notice a flipped payload byte: every read, from the cache too, compares the xxh3 of
+the bytes with the manifest's, and a sample that stays damaged is an error with its key in it,
+never skipped.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -14,10 +15,10 @@ import torch
 import xxhash
 from torchvision.io import ImageReadMode, decode_image
 
-from cluster.shards import LABEL_CODEC, Manifest, shard_schema
-from cluster.storage import Storage, StorageError
-
-READ_ATTEMPTS = 3
+from cluster.cache import ShardCache
+from cluster.ranges import PATIENCE, RangeReader, ReadCounters
+from cluster.shards import LABEL_CODEC, Manifest, read_manifest, shard_schema
+from cluster.storage import Storage, StorageConfig, StorageError, open_storage
 
 
 @dataclass(frozen=True)
@@ -39,35 +40,58 @@ class ShardReader:
     `references` asks for each sample's reference image: a sample without one is then an error.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest, *, references: bool = False) -> None:
-        self._storage = storage
-        self._manifest = manifest
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: Manifest,
+        *,
+        references: bool = False,
+        cache: ShardCache | None = None,
+        counters: ReadCounters | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self._ranges = RangeReader(storage, counters)
+        self._cache = cache
         self._references = references
         self._schema = shard_schema(manifest.taxonomy.num_classes)
 
     def read(self, index: int) -> Sample:
         """Fetch and decode one sample. Raises StorageError with its key."""
-        return self.decode(index, self.fetch(index))
+        return self.decode(index, self.fetch([index])[0])
 
-    def fetch(self, index: int) -> pa.Buffer:
-        """The verified bytes of one sample, tried READ_ATTEMPTS times."""
-        manifest = self._manifest
-        shard = manifest.shards[manifest.shard[index]].name
-        place = int(manifest.offsets[index]), int(manifest.lengths[index])
-        for attempt in range(READ_ATTEMPTS):
-            if attempt:
-                time.sleep(0.1 * 2**attempt)
-            try:
-                payload = self._storage.get_range(shard, *place)
-            except StorageError as error:
-                reason = str(error)
-                continue
-            if xxhash.xxh3_64_intdigest(payload) == manifest.checksums[index]:
-                return pa.py_buffer(payload)
-            reason = f"{manifest.url}/{shard}: bytes {place[0]}+{place[1]} fail their checksum"
-        raise StorageError(
-            f"sample {manifest.keys[index]!r} is unreadable ({READ_ATTEMPTS} attempts): {reason}"
-        )
+    def fetch(self, indices: Sequence[int]) -> list[pa.Buffer]:
+        """The verified bytes of samples of one shard, sorted by place, in one request.
+
+        Raises StorageError with the key of one that cannot be read.
+        """
+        self._ranges.counters.add(samples=len(indices))
+        manifest = self.manifest
+        shard = manifest.shards[manifest.shard[indices[0]]]
+        begin = int(manifest.offsets[indices[0]])
+        end = int(manifest.offsets[indices[-1]] + manifest.lengths[indices[-1]])
+        if self._cache is not None:
+            cached = self._cache.read(self._ranges, shard, begin, end - begin)
+            if cached is not None and self._damaged(indices, cached) is None:
+                self._ranges.counters.add(cache_hits=len(indices))
+                return self._split(indices, cached)
+            if cached is not None:
+                self._cache.drop(self._ranges, shard)
+        failed = indices[0]
+
+        def damage(body: pa.Buffer) -> str | None:
+            nonlocal failed
+            damaged = self._damaged(indices, body)
+            if damaged is None:
+                return None
+            failed = damaged
+            place = int(manifest.offsets[failed]), int(manifest.lengths[failed])
+            return f"bytes {place[0]}+{place[1]} fail their checksum"
+
+        try:
+            return self._split(indices, self._ranges.read(shard.name, begin, end - begin, damage))
+        except StorageError as error:
+            key = manifest.keys[failed]
+            raise StorageError(f"sample {key!r} is unreadable: {error}") from None
 
     def decode(self, index: int, payload: pa.Buffer) -> Sample:
         batch = pa.ipc.read_record_batch(payload, self._schema)
@@ -82,15 +106,52 @@ class ShardReader:
         if self._references:
             if not batch["reference"][0].is_valid:
                 raise StorageError(
-                    f"sample {key!r} of {self._manifest.url} has no reference image, which "
+                    f"sample {key!r} of {self.manifest.url} has no reference image, which "
                     "teacher.day_night needs: ingest dark_zurich's split train or set it to false"
                 )
             reference = self._image(key, batch["reference"][0])
         return Sample(key, image, label, reference)
 
+    def close(self) -> None:
+        """End reads that wait to be repeated: they raise StorageError."""
+        self._ranges.close()
+
+    def _split(self, indices: Sequence[int], body: pa.Buffer) -> list[pa.Buffer]:
+        offsets, lengths = self.manifest.offsets, self.manifest.lengths
+        begin = offsets[indices[0]]
+        return [body.slice(int(offsets[i] - begin), int(lengths[i])) for i in indices]
+
+    def _damaged(self, indices: Sequence[int], body: pa.Buffer) -> int | None:
+        """The first sample whose bytes are not what was written."""
+        checksums = self.manifest.checksums
+        view = memoryview(body)  # where the body is short, so are its slices
+        begin = self.manifest.offsets[indices[0]]
+        for index in indices:
+            offset = self.manifest.offsets[index] - begin
+            payload = view[offset : offset + self.manifest.lengths[index]]
+            if xxhash.xxh3_64_intdigest(payload) != checksums[index]:
+                return index
+        return None
+
     def _image(self, key: str, column: pa.BinaryScalar) -> torch.Tensor:
-        encoded = torch.frombuffer(bytearray(column.as_buffer()), dtype=torch.uint8)
+        # Through DLPack torch shares the fetched bytes; `frombuffer` would want them writable.
+        encoded = column.as_buffer()
+        encoded = pa.Array.from_buffers(pa.uint8(), len(encoded), [None, encoded])
         try:
-            return decode_image(encoded, mode=ImageReadMode.RGB)
+            return decode_image(torch.from_dlpack(encoded), mode=ImageReadMode.RGB)
         except RuntimeError as error:
-            raise StorageError(f"sample {key!r} of {self._manifest.url}: {error}") from None
+            raise StorageError(f"sample {key!r} of {self.manifest.url}: {error}") from None
+
+
+def open_reader(
+    url: str,
+    config: StorageConfig,
+    *,
+    references: bool = False,
+    cache: ShardCache | None = None,
+    counters: ReadCounters | None = None,
+) -> ShardReader:
+    """Open the data set at a URL. Raises StorageError as `read_manifest` does."""
+    manifest = read_manifest(open_storage(url, config))
+    storage = open_storage(url, config, PATIENCE)
+    return ShardReader(storage, manifest, references=references, cache=cache, counters=counters)

@@ -14,8 +14,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.checkpoint_format import delete_incomplete, list_checkpoints
 from cluster.config import TrainConfig
+from cluster.data import check_data
 from cluster.lease import hold_lease
-from cluster.loader import check_data
 from cluster.shards import read_manifest
 from cluster.storage import (
     Storage,

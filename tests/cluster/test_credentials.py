@@ -10,7 +10,7 @@ import pytest
 
 from cluster.storage import StorageConfig, StorageError, open_storage, pyarrow_filesystem
 from tests.cluster.object_server import ObjectServer, serving
-from tests.conftest import ACCESS_KEY, SECRET_KEY
+from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
 
 @pytest.fixture

@@ -2,15 +2,19 @@
 
 import dataclasses
 import threading
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from cluster.crops import crop_box, rare_class_crop
-from cluster.loader import DataConfig, TrainLoader, check_data, load_samples
+from cluster.data import DataConfig, check_data
+from cluster.loader import TrainLoader, load_samples
+from cluster.read_metrics import summarize
 from cluster.reader import ShardReader
 from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage
@@ -91,12 +95,19 @@ def test_threads_and_prefetch_change_nothing(urls):
         assert_equal(a, b)
 
 
-def test_a_bucket_and_a_folder_give_the_same_batches(urls, folder, write_dataset, s3):
+@pytest.fixture(scope="module")
+def bucket(urls, folder, write_dataset, s3):
+    """The same two data sets in a bucket, and how it is reached."""
     config = StorageConfig(endpoint=s3.endpoint)
-    bucket = s3.make_bucket("loader")
-    remote = {name: f"{bucket}/{name}" for name in urls}
+    root = s3.make_bucket("loader")
+    remote = {name: f"{root}/{name}" for name in urls}
     for name, url in remote.items():
         write_dataset(folder, open_storage(url, config), labels=name == "source")
+    return remote, config
+
+
+def test_a_bucket_and_a_folder_give_the_same_batches(urls, bucket):
+    remote, config = bucket
     for a, b in zip(batches(urls), batches(remote, storage=config), strict=True):
         assert_equal(a, b)
 
@@ -149,10 +160,30 @@ def test_a_flipped_byte_is_an_error_with_the_key(folder, write_dataset, urls, tm
     assert threading.active_count() == before
 
 
-def test_closing_leaves_no_thread(urls):
-    before = set(threading.enumerate())
-    batches(urls, steps=1, prefetch=20)
-    assert set(threading.enumerate()) == before
+@pytest.mark.parametrize("remote", [False, True], ids=["folder", "bucket"])
+def test_closing_leaves_nothing(urls, bucket, tmp_path, remote):
+    """No thread, no child, no file open, no file in the making."""
+    places, config = bucket if remote else (urls, StorageConfig())
+
+    def read():
+        batches(places, steps=2, storage=config, prefetch=20, cache=str(tmp_path / "cache"))
+        return set(threading.enumerate()), psutil.Process().children(), open_files()
+
+    # The client's own threads and sockets belong to the process: the first time makes them.
+    before = read()
+    for _ in range(3):
+        threads, children, files = read()
+        assert (threads, children) == before[:2] and len(files) <= len(before[2])
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def open_files():
+    """What this process holds open besides connections that the client keeps for later."""
+    names = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            names.append(str(link.readlink()))
+    return [name for name in names if not name.startswith("socket:")]
 
 
 def test_waiting_is_measured(urls):
@@ -160,7 +191,7 @@ def test_waiting_is_measured(urls):
         DataConfig(**urls, **CROP), StorageConfig(), seed=0, global_batch=2, rank=0, world_size=1
     )
     next(iter(loader))
-    assert loader.wait_seconds > 0
+    assert summarize(loader.metrics.take())["data_wait_share"] > 0
     loader.close()
 
 

@@ -1,7 +1,6 @@
 """A shard gives back what went in, and a damaged one is an error with the sample's key."""
 
 import json
-import threading
 
 import numpy as np
 import pyarrow as pa
@@ -78,14 +77,6 @@ def test_a_missing_shard_is_an_error_with_the_key(storage):
     storage.delete("shard-00005.arrow")
     with pytest.raises(StorageError, match=r"'frame007'.*shard-00005.arrow: no such object"):
         ShardReader(storage, manifest).read(7)
-
-
-def test_a_read_that_fails_for_a_moment_is_repeated(storage):
-    manifest = read_manifest(storage)
-    data = storage.get("shard-00000.arrow")
-    storage.delete("shard-00000.arrow")
-    threading.Timer(0.1, storage.put, ("shard-00000.arrow", data)).start()
-    assert ShardReader(storage, manifest).read(0).key == "frame000"
 
 
 def test_a_missing_manifest_says_what_to_run(tmp_path):

@@ -96,7 +96,7 @@ def test_images_and_labels_that_keep_their_size_keep_their_content(ray_cluster, 
     ingest(IngestConfig(root=str(folder), to=str(tmp_path)))
     storage = storage_at(tmp_path)
     manifest = read_manifest(storage)
-    payload = ShardReader(storage, manifest).fetch(3).to_pybytes()
+    payload = ShardReader(storage, manifest).fetch([3])[0].to_pybytes()
     assert (folder / "images/frame003.jpg").read_bytes() in payload
 
 
