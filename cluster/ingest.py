@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from cluster.storage import (
     MissingObjectError,
     Storage,
     StorageConfig,
+    StorageError,
     absolute_url,
     open_storage,
 )
@@ -159,9 +160,15 @@ def _inputs(config: IngestConfig) -> tuple[list[Source], Taxonomy]:
 @contextmanager
 def _only_writer(storage: Storage) -> Iterator[Lease]:
     """Hold the lease of a data set's place, and leave no trace of it. Raises LeaseError."""
-    with hold_lease(storage) as lease:
-        yield lease
-    storage.delete(lease.key)
+    lease = None
+    try:
+        with hold_lease(storage) as lease:
+            yield lease
+    finally:
+        if lease is not None:
+            # An error is the one to report, whatever a broken store answers now.
+            with suppress(StorageError):
+                storage.delete(lease.key)
 
 
 def _named_shards(storage: Storage) -> set[str]:

@@ -36,8 +36,8 @@ def _node_copy(storage: Storage, key: str, version: str) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise StorageError(f"{folder} belongs to another user: remove it or set TMPDIR")
-    name = xxhash.xxh3_64_hexdigest(f"{storage.url}/{key}")
-    path = folder / f"{name}-{xxhash.xxh3_64_hexdigest(version)}"
+    name = xxhash.xxh3_64_hexdigest(f"{storage.url}/{key}".encode())
+    path = folder / f"{name}-{xxhash.xxh3_64_hexdigest(version.encode())}"
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system if the process dies
         if not path.exists():

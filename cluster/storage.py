@@ -67,12 +67,15 @@ class StorageConfig:
         region: S3 region; default: the AWS default chain, else us-east-1.
         path_style: Address S3 buckets as ENDPOINT/BUCKET; false: BUCKET.ENDPOINT.
         anonymous: Send unsigned requests, for public buckets.
+        ca_bundle: PEM file, on every node, of an authority to trust for https:// besides the
+            public ones; default: AWS_CA_BUNDLE.
     """
 
     endpoint: str | None = None
     region: str | None = None
     path_style: bool = True
     anonymous: bool = False
+    ca_bundle: str | None = None
 
     def __post_init__(self) -> None:
         if self.endpoint and not self.endpoint.startswith(("http://", "https://")):

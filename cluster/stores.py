@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import urllib.parse
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import boto3
@@ -52,8 +53,10 @@ def open_store(
                 options["credential_provider"] = Boto3CredentialProvider(boto3.Session())
             except ValueError:
                 raise NoCredentialsError from None
-        return S3Store(bucket, **options, **_waiting(patience))
-    return {"gs": GCSStore, "az": AzureStore}[scheme](bucket, **options, **_waiting(patience))
+        return S3Store(bucket, **options, **_client(config, patience))
+    return {"gs": GCSStore, "az": AzureStore}[scheme](
+        bucket, **options, **_client(config, patience)
+    )
 
 
 def arrow_filesystem(
@@ -70,9 +73,10 @@ def arrow_filesystem(
             scheme=endpoint.scheme or "https",
             endpoint_override=endpoint.netloc or None,
             force_virtual_addressing=not config.path_style,
+            tls_ca_file_path=_ca_bundle(config),
         )
     # Arrow's own clients for these two know fewer kinds of credentials than obstore's.
-    store = FsspecStore(scheme, config=_options(scheme, config), **_waiting(patience))
+    store = FsspecStore(scheme, config=_options(scheme, config), **_client(config, patience))
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store))
 
 
@@ -94,6 +98,7 @@ def s3_refusal(bucket: str, config: StorageConfig) -> str | None:
         "s3",
         endpoint_url=s3_endpoint(config),
         region_name=s3_region(config),
+        verify=_ca_bundle(config),
         config=botocore.config.Config(
             signature_version=botocore.UNSIGNED if config.anonymous else None,
             s3={"addressing_style": "path" if config.path_style else "virtual"},
@@ -132,16 +137,24 @@ def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:
     return options
 
 
-def _waiting(patience: Patience) -> dict[str, Any]:
+def _client(config: StorageConfig, patience: Patience) -> dict[str, Any]:
+    """How the HTTP client connects, waits and repeats."""
+    client = {
+        "allow_http": True,
+        "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
+        "read_timeout": timedelta(seconds=patience.stall_s),
+        "timeout": timedelta(seconds=patience.request_s),
+    }
+    if bundle := _ca_bundle(config):
+        client["root_certificate"] = Path(bundle).read_bytes()
     return {
-        "client_options": {
-            "allow_http": True,
-            "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-            "read_timeout": timedelta(seconds=patience.stall_s),
-            "timeout": timedelta(seconds=patience.request_s),
-        },
+        "client_options": client,
         "retry_config": {
             "max_retries": patience.retries,
             "retry_timeout": timedelta(seconds=60),
         },
     }
+
+
+def _ca_bundle(config: StorageConfig) -> str | None:
+    return config.ca_bundle or os.environ.get("AWS_CA_BUNDLE")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torchvision.io import write_jpeg, write_png
 
-from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, run_s3_server
+from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, free_ports, run_s3_server
 
 NUM_CLASSES = 5
 
@@ -124,3 +124,8 @@ def write_dataset() -> Callable[..., None]:
         write_manifest(storage, taxonomy, shards, labelled=labels, options={})
 
     return write
+
+
+@pytest.fixture
+def unused_port() -> int:
+    return free_ports(1)[0]

@@ -60,7 +60,7 @@ def run_s3_server(folder: Path) -> Iterator[S3Server]:
         for part in ("master", "volume", "filer", "s3")
         for kind in ("", ".grpc")
     ]
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
     command = [
         Path(sysconfig.get_path("scripts")) / "weed", "server", f"-dir={folder}",
         "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=500", "-master.volumeSizeLimitMB=64",
@@ -82,7 +82,7 @@ def run_s3_server(folder: Path) -> Iterator[S3Server]:
         process.wait()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Distinct ports that are free now: all are held until the last one is found."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
