@@ -8,9 +8,9 @@ import pytest
 import torch
 from torchvision.io import decode_image
 
-from cluster import shards
+from cluster import manifest as manifests
+from cluster.manifest import read_manifest
 from cluster.reader import ShardReader
-from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage
 
 
@@ -91,7 +91,7 @@ def test_a_missing_manifest_says_what_to_run(tmp_path):
 def test_another_schema_version_is_refused(
     storage, folder, write_dataset, monkeypatch, version, fix
 ):
-    monkeypatch.setattr(shards, "SCHEMA_VERSION", version)
+    monkeypatch.setattr(manifests, "SCHEMA_VERSION", version)
     write_dataset(folder, storage)
     monkeypatch.undo()
     with pytest.raises(StorageError, match=f"schema_version {version}, this code reads 2: {fix}"):
