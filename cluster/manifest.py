@@ -174,10 +174,12 @@ def _unpacked(url: str, data: pa.Buffer) -> pa.RecordBatch:
 def _write_plain(storage: Storage, path: Path) -> None:
     """Write the verified manifest as an Arrow file whose columns can be used where they lie."""
     packed = path.with_suffix(".packed")
-    storage.download(MANIFEST, packed)
-    with pa.memory_map(str(packed)) as file:
-        batch = _unpacked(storage.url, file.read_buffer())
-    packed.unlink()
+    try:
+        storage.download(MANIFEST, packed)
+        with pa.memory_map(str(packed)) as file:
+            batch = _unpacked(storage.url, file.read_buffer())
+    finally:
+        packed.unlink(missing_ok=True)
     with pa.ipc.new_file(str(path), batch.schema) as writer:
         writer.write_batch(batch)
 

@@ -10,6 +10,7 @@ cannot drop it), `share` is the process's part of what it maps (PSS), both beyon
 
 import argparse
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -162,6 +163,8 @@ def main() -> None:
         )
         writer.start()
         writer.join()
+        # Pages that wait to be written would count as somebody's own.
+        os.sync()
         size = Path(folder, "manifest.arrow").stat().st_size
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         print(
