@@ -18,8 +18,8 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from cluster.shard_writer import ShardWriter, shard_rows
-from cluster.shards import LABEL_CODEC, LABEL_COMPRESSION_LEVEL, SCHEMA_VERSION
+from cluster.manifest import SCHEMA_VERSION
+from cluster.shards import LABEL_CODEC, LABEL_COMPRESSION_LEVEL, ShardWriter, shard_rows
 from cluster.sources import Source, read_file, read_image, read_label
 from sepico.taxonomies import Taxonomy
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.manifest import Manifest
 from cluster.reader import ShardReader, open_reader
-from cluster.shards import Manifest
 from cluster.storage import StorageConfig, open_storage
 from sepico.taxonomies import CITYSCAPES_19
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from cluster.config import TrainConfig
 from cluster.engine import parameter_groups
+from cluster.manifest import Manifest, read_manifest
 from cluster.sampling import Sampler
-from cluster.shards import Manifest, read_manifest
 from cluster.storage import StorageConfig, absolute_url, open_storage
 from sepico.network import build_segmentor, check_model
 from sepico.schedule import contrast_start_step, learning_rate

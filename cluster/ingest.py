@@ -29,16 +29,15 @@ from cluster.conversion import build_shard, inputs_digest, stored_sizes
 from cluster.datasets import find_sources, read_taxonomy
 from cluster.layouts import find_dataset
 from cluster.lease import Lease, hold_lease
-from cluster.ray_tasks import progress_bar, run_tasks
-from cluster.shard_writer import shard_rows
-from cluster.shards import (
+from cluster.manifest import (
     MANIFEST,
     Manifest,
-    Shard,
     UnreadableManifestError,
     read_manifest,
     write_manifest,
 )
+from cluster.ray_tasks import progress_bar, run_tasks
+from cluster.shards import Shard, shard_rows
 from cluster.sources import Source
 from cluster.storage import (
     MissingObjectError,

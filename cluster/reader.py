@@ -16,8 +16,9 @@ import xxhash
 from torchvision.io import ImageReadMode, decode_image
 
 from cluster.cache import ShardCache
+from cluster.manifest import Manifest, read_manifest
 from cluster.ranges import PATIENCE, RangeReader, ReadCounters
-from cluster.shards import LABEL_CODEC, Manifest, read_manifest, shard_schema
+from cluster.shards import LABEL_CODEC, shard_schema
 from cluster.storage import Storage, StorageConfig, StorageError, open_storage
 
 

@@ -95,11 +95,6 @@ class Storage:
         self._config, self._patience = config, patience
         self._scheme, self._bucket, self._path = _split(self.url)
 
-    @property
-    def folder(self) -> Path | None:
-        """The local folder; None for a bucket."""
-        return Path(self._path) if self._scheme == "file" else None
-
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Storage belongs to one process: send its url and open it there")
 
@@ -169,8 +164,8 @@ class Storage:
 
     def delete_unfinished(self) -> None:
         """Remove what killed writers left in a folder; a bucket never shows that as objects."""
-        if self.folder is not None:
-            for path in self.folder.glob("*.arrow#*"):
+        if self._scheme == "file":
+            for path in Path(self._path).glob("*.arrow#*"):
                 path.unlink()
 
     def check(self) -> None:

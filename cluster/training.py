@@ -16,7 +16,7 @@ from cluster.checkpoint_format import delete_incomplete, list_checkpoints
 from cluster.config import TrainConfig
 from cluster.data import check_data
 from cluster.lease import hold_lease
-from cluster.shards import read_manifest
+from cluster.manifest import read_manifest
 from cluster.storage import (
     Storage,
     StorageConfig,

@@ -10,8 +10,9 @@ import pyarrow as pa
 import ray
 import xxhash
 
+from cluster.manifest import Manifest, read_manifest
 from cluster.ray_tasks import progress_bar, run_tasks
-from cluster.shards import Manifest, Shard, read_manifest
+from cluster.shards import Shard
 from cluster.storage import Storage, StorageConfig, StorageError, absolute_url, open_storage
 
 # A byte that flipped on the way here is intact at the second reading.

@@ -99,7 +99,8 @@ def write_dataset() -> Callable[..., None]:
     from cluster.conversion import build_shard
     from cluster.datasets import find_sources, read_taxonomy
     from cluster.layouts import DATASETS
-    from cluster.shards import Shard, write_manifest
+    from cluster.manifest import write_manifest
+    from cluster.shards import Shard
 
     def write(
         folder: Path,

@@ -21,11 +21,11 @@ import torch
 import xxhash
 from torchvision.io import ImageReadMode, decode_image, encode_png
 
+from cluster.manifest import write_manifest
 from cluster.prefetch import Prefetcher, Work
 from cluster.ranges import PATIENCE
 from cluster.reader import open_reader
-from cluster.shard_writer import ShardWriter, shard_rows
-from cluster.shards import Shard, write_manifest
+from cluster.shards import Shard, ShardWriter, shard_rows
 from cluster.storage import StorageConfig, open_storage
 from sepico.taxonomies import CITYSCAPES_19
 

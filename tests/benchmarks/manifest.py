@@ -10,6 +10,7 @@ cannot drop it), `share` is the process's part of what it maps (PSS), both beyon
 
 import argparse
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -20,8 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cluster.manifest import read_manifest, write_manifest
 from cluster.sampling import Sampler
-from cluster.shards import Shard, read_manifest, write_manifest
+from cluster.shards import Shard
 from cluster.storage import StorageConfig, open_storage
 from sepico.taxonomies import CITYSCAPES_19
 
@@ -76,9 +78,11 @@ def memory() -> dict[str, float]:
 
 def work(folder: str, barrier, queue) -> None:
     """One worker: open the manifest, build its sampler, look up what is drawn."""
+    storage = open_storage(folder, StorageConfig())
+    storage.exists("manifest.arrow")  # starts the client's threads
     before = memory()
     start = time.process_time()
-    manifest = read_manifest(open_storage(folder, StorageConfig()))
+    manifest = read_manifest(storage)
     opened = time.process_time() - start
     barrier.wait()
     after_open = memory()
@@ -103,9 +107,8 @@ def work(folder: str, barrier, queue) -> None:
 def measure(folder: str, processes: int) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(processes), context.Queue()
-    workers = [
-        context.Process(target=work, args=(folder, barrier, queue)) for _ in range(processes)
-    ]
+    arguments = folder, barrier, queue
+    workers = [context.Process(target=work, args=arguments) for _ in range(processes)]
     for worker in workers:
         worker.start()
     results = [queue.get() for _ in workers]
@@ -160,6 +163,8 @@ def main() -> None:
         )
         writer.start()
         writer.join()
+        # Pages that wait to be written would count as somebody's own.
+        os.sync()
         size = Path(folder, "manifest.arrow").stat().st_size
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         print(

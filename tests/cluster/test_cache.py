@@ -13,9 +13,9 @@ from cluster import cache as cache_module
 from cluster.cache import ShardCache
 from cluster.data import DataConfig
 from cluster.loader import TrainLoader
+from cluster.manifest import read_manifest
 from cluster.ranges import RangeReader, ReadCounters
 from cluster.reader import ShardReader
-from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, open_storage
 
 CONFIG = StorageConfig()

@@ -11,8 +11,8 @@ from cluster import reader
 from cluster.config import TrainConfig
 from cluster.data import DataConfig, check_data
 from cluster.loader import TrainLoader
+from cluster.manifest import read_manifest
 from cluster.reader import ShardReader
-from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage
 from cluster.training import resolve
 from sepico.config import TeacherConfig

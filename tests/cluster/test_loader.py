@@ -14,9 +14,9 @@ import torch
 from cluster.crops import crop_box, rare_class_crop
 from cluster.data import DataConfig, check_data
 from cluster.loader import TrainLoader, load_samples
+from cluster.manifest import read_manifest
 from cluster.read_metrics import summarize
 from cluster.reader import ShardReader
-from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "crop.npz")

@@ -16,8 +16,8 @@ from cluster.conversion import build_shard, stored_sizes
 from cluster.datasets import find_sources, read_taxonomy
 from cluster.ingest import IngestConfig, check, ingest, plan_shards
 from cluster.layouts import DATASETS
+from cluster.manifest import read_manifest
 from cluster.reader import ShardReader
-from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, open_storage
 from jobs.command_line import run
 

@@ -15,8 +15,8 @@ from torchvision.io import write_jpeg
 from cluster import lease
 from cluster.ingest import IngestConfig, ingest
 from cluster.lease import LeaseError, hold_lease
+from cluster.manifest import read_manifest
 from cluster.reader import ShardReader
-from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage
 
 REPOSITORY = Path(__file__).parents[2]
