@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cluster.loader import DataConfig
+from cluster.data import DataConfig
 from cluster.storage import StorageConfig
 from sepico.config import MethodConfig
 from sepico.normalization import BatchNormMode

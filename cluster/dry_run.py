@@ -13,8 +13,8 @@ from torch import nn
 from cluster.config import TrainConfig, ValidationConfig
 from cluster.deepspeed_config import BUCKET_ELEMENTS
 from cluster.engine import parameter_groups
+from cluster.manifest import Manifest, read_manifest
 from cluster.sampling import Sampler
-from cluster.shards import Manifest, read_manifest
 from cluster.storage import StorageConfig, absolute_url, open_storage
 from cluster.training import resolve
 from sepico.network import Segmentor, build_segmentor, check_model

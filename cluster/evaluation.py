@@ -16,7 +16,7 @@ import xxhash
 
 from cluster.checkpoint_format import Checkpoint, list_checkpoints, read_weights
 from cluster.config import WorkerRange
-from cluster.shards import read_manifest
+from cluster.manifest import read_manifest
 from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage, read_url
 from cluster.training import connect_ray, launch, load_config, place, run_url
 from sepico.config import ModelConfig

@@ -7,7 +7,7 @@ from typing import Literal
 from safetensors.torch import save
 
 from cluster.checkpoint_format import Checkpoint, list_checkpoints, read_weights
-from cluster.shards import read_manifest
+from cluster.manifest import read_manifest
 from cluster.storage import StorageConfig, StorageError, open_storage
 from cluster.training import load_config, run_url
 from sepico.exported import DESCRIPTION, WEIGHTS

@@ -10,8 +10,8 @@ from torch import nn
 from cluster.engine import autocast_dtype, set_up_process
 from cluster.evaluation import EvaluationTask, task_networks
 from cluster.loader import load_samples
-from cluster.shards import ShardReader, read_manifest
-from cluster.storage import StorageConfig, open_storage
+from cluster.reader import open_reader
+from cluster.storage import StorageConfig
 from sepico.metrics import ConfusionMatrix
 from sepico.network import Segmentor
 from sepico.normalization import set_batch_norm
@@ -26,17 +26,18 @@ def evaluate_network(
     Every rank makes equally many forwards, the last ones without counting them, because sharded
     parameters are gathered by all ranks together.
     """
-    store = open_storage(data_url, storage)
-    manifest = read_manifest(store)
+    reader = open_reader(data_url, storage)
+    manifest = reader.manifest
     taxonomy = manifest.taxonomy
     matrix = ConfusionMatrix(taxonomy.num_classes, taxonomy.ignore_index)
     training = network.training
     network.eval()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine = range(rank, len(manifest), world_size)
     rounds = math.ceil(len(manifest) / world_size)
+    # Samples that follow each other lie side by side: one request reads many.
+    mine = range(rank * rounds, min((rank + 1) * rounds, len(manifest)))
     indices = [mine[turn] if turn < len(mine) else 0 for turn in range(rounds)]
-    for turn, sample in enumerate(load_samples(ShardReader(store, manifest), indices)):
+    for turn, sample in enumerate(load_samples(reader, indices)):
         image = sample.image[None].to(device).float() / 255
         logits, _ = network(network.normalize(image), projections=False)
         logits = nn.functional.interpolate(
@@ -64,8 +65,8 @@ def adapt_batch_norm(
 
     Li et al., Adaptive batch normalization for practical domain adaptation (2018).
     """
-    store = open_storage(data_url, storage)
-    manifest = read_manifest(store)
+    reader = open_reader(data_url, storage)
+    manifest = reader.manifest
     rank, world_size = dist.get_rank(), dist.get_world_size()
     batch = max(min(batch, len(manifest)) // world_size, 1) * world_size
     if len(manifest) < world_size:
@@ -78,7 +79,7 @@ def adapt_batch_norm(
         layer.momentum = None  # a cumulative average
         layer.train()
     used = len(manifest) - len(manifest) % batch
-    samples = load_samples(ShardReader(store, manifest), range(rank, used, world_size))
+    samples = load_samples(reader, range(rank, used, world_size))
     for _ in range(used // batch):
         images = torch.stack([next(samples).image for _ in range(batch // world_size)])
         network(network.normalize(images.to(device).float() / 255), projections=False)

@@ -48,7 +48,7 @@ class Lease:
         newest = _newest(run)
         if newest is None or newest.lease != self:
             taken = "by another writer" if newest is None else f"by {newest.lease.owner}"
-            raise LeaseError(f"run {run.url} was taken over {taken}: this writer stops")
+            raise LeaseError(f"{run.url} was taken over {taken}: this writer stops")
         run.put(self.key, self.document(time.time() + LIFETIME_S))
 
     def document(self, expires: float) -> bytes:
@@ -62,7 +62,7 @@ class _Held:
 
     def describe(self, run: Storage) -> str:
         until = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.expires))
-        return f"run {run.url} is being written by {self.lease.owner}, whose lease lasts to {until}"
+        return f"{run.url} is being written by {self.lease.owner}, whose lease lasts to {until}"
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def _await_expiry(run: Storage, held: _Held) -> None:
 
 
 def _refusal(run: Storage, held: _Held) -> str:
-    return f"{held.describe(run)}: wait until that ends, or give another --run"
+    return f"{held.describe(run)}: wait until that ends, or write to another place"
 
 
 def _newest(run: Storage) -> _Held | None:

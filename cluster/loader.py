@@ -1,82 +1,31 @@
-"""Batches for one worker: many range requests in flight, decoding off the main thread, in order.
+"""Batches for one worker, prepared ahead and delivered strictly by step.
 
-Two pools work ahead of the consumer: one only waits for bytes, one decodes and augments (torch
-and the store's client both release the GIL, so no sample crosses a process boundary). Batches
-are delivered strictly by step, whatever finishes first, and everything random in them comes from
-the position of its slot: see `cluster.sampling`.
+Whatever finishes first, everything random in a batch comes from the position of its slot: see
+`cluster.sampling`. Reading ahead is `cluster.prefetch`'s.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 
+import pyarrow as pa
 import torch
 
+from cluster.cache import ShardCache
 from cluster.crops import maybe_flip, rare_class_crop
+from cluster.data import DataConfig, check_manifests, open_data
+from cluster.prefetch import Prefetcher, Work
+from cluster.ranges import ReadCounters
+from cluster.read_metrics import ReadMetrics
+from cluster.reader import Sample, ShardReader
 from cluster.sampling import Draw, Sampler
-from cluster.shards import Manifest, Sample, ShardReader, read_manifest
-from cluster.storage import StorageConfig, open_storage
+from cluster.storage import StorageConfig
 from sepico.randomness import slot_generator
-from sepico.taxonomies import CITYSCAPES_19
 
-# Threads that wait for object storage: enough to hide its latency, and they cost no CPU.
-REQUESTS_IN_FLIGHT = 16
-READ_AHEAD = 8  # samples
-
-
-@dataclass
-class DataConfig:
-    """The two data sets, and how samples are drawn and cropped.
-
-    Attributes:
-        source: URL of the labelled source shards.
-        target: URL of the target shards; their labels, if any, are never trained on.
-        source_images: Size of the source set, for a dry run without its shards.
-        target_images: Size of the target set, for a dry run without its shards.
-        crop_height: Height of the source crop and of the class-balanced target crop, pixels.
-        crop_width: Width of the source crop and of the class-balanced target crop, pixels.
-        crop_max_ratio: Largest share of a source crop that one class may take, 0..1.
-        crop_tries: Boxes tried for crop_max_ratio before one is taken as it is.
-        flip_probability: Chance that a sample is mirrored left to right, 0..1.
-        rcs_temperature: Rare class sampling: lower prefers rare classes more.
-        rcs_min_pixels: Rare class sampling draws a class from images with more pixels of it.
-        rcs_crop_ratio: The crop is to hold rcs_min_pixels times this of the class drawn.
-        threads: Threads that decode and augment, per worker.
-        prefetch: Batches prepared ahead, per worker.
-    """
-
-    source: str = ""
-    target: str = ""
-    source_images: int = 0
-    target_images: int = 0
-    crop_height: int = 640
-    crop_width: int = 640
-    crop_max_ratio: float = 0.75
-    crop_tries: int = 10
-    flip_probability: float = 0.5
-    rcs_temperature: float = 0.01
-    rcs_min_pixels: int = 3000
-    rcs_crop_ratio: float = 0.5
-    threads: int = 2
-    prefetch: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("crop_height", "crop_width", "threads", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} {getattr(self, name)} must be at least 1")
-        for name in ("crop_max_ratio", "flip_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.{name} {getattr(self, name)} must lie in 0..1")
-        for name in ("crop_tries", "rcs_min_pixels", "rcs_crop_ratio"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name} {getattr(self, name)} must not be negative")
-        if self.rcs_temperature <= 0:
-            raise ValueError(f"data.rcs_temperature {self.rcs_temperature} must be positive")
+READ_AHEAD = 8  # samples decoded ahead in an evaluation
 
 
 @dataclass
@@ -93,6 +42,9 @@ class Batch:
     target_image: torch.Tensor  # (b, 3, H, W) uint8, the whole image
     target_label: torch.Tensor | None  # (b, 1, H, W) int64, for analysis only
     target_reference: torch.Tensor | None  # (b, 3, H, W) uint8, the day image of the same place
+
+
+Prepared = tuple[Draw, Sample, Sample]  # of one slot: the source's crop, the whole target
 
 
 class TrainLoader:
@@ -115,12 +67,15 @@ class TrainLoader:
         start_step: int = 0,
         references: bool = False,
     ) -> None:
-        self.source, self._source_reader = _open("source", data.source, storage)
-        self.target, self._target_reader = _open("target", data.target, storage, references)
-        _check(data, self.source, self.target, global_batch)
-        self.wait_seconds = 0.0
+        counters = ReadCounters()
+        self._cache = ShardCache(data.cache, data.cache_bytes) if data.cache else None
+        options = {"cache": self._cache, "counters": counters}
+        self._source = open_data("source", data.source, storage, **options)
+        self._target = open_data("target", data.target, storage, references=references, **options)
+        self.source, self.target = self._source.manifest, self._target.manifest
+        check_manifests(data, self.source, self.target, global_batch)
         self._data = data
-        self._step = start_step
+        self._start = start_step
         self._slots = range(rank, global_batch, world_size)
         self._sampler = Sampler(
             self.source.pixel_counts,
@@ -130,41 +85,39 @@ class TrainLoader:
             temperature=data.rcs_temperature,
             min_pixels=data.rcs_min_pixels,
         )
-        self._fetchers = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="fetch")
-        self._decoders = ThreadPoolExecutor(data.threads, thread_name_prefix="decode")
-        self._ahead: deque[tuple[int, list[tuple[Draw, Future]]]] = deque()
+        ahead = data.prefetch * len(self._slots)
+        self._prefetcher = Prefetcher(self._works(), threads=data.threads, ahead=ahead)
+        self.metrics = ReadMetrics(counters)
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            while len(self._ahead) < self._data.prefetch:
-                self._ahead.append((self._step, [self._submit(s) for s in self._slots]))
-                self._step += 1
-            step, pending = self._ahead.popleft()
-            begin = time.perf_counter()
-            pairs = [future.result() for _, future in pending]
-            self.wait_seconds += time.perf_counter() - begin
-            seeds = [draw.seed for draw, _ in pending]
-            yield _collate(step, list(self._slots), seeds, pairs, self.source.taxonomy.ignore_index)
+        ignore_index = self.source.taxonomy.ignore_index
+        for step in count(self._start):
+            queued, waited = self._prefetcher.ready, self._prefetcher.wait_seconds
+            prepared = list(islice(self._prefetcher, len(self._slots)))
+            waited = self._prefetcher.wait_seconds - waited
+            self.metrics.add_step(queued / len(self._slots), waited)
+            yield _collate(step, list(self._slots), prepared, ignore_index)
 
     def close(self) -> None:
-        """Drop what was prepared ahead; returns when no thread is left."""
-        for pool in (self._decoders, self._fetchers):
-            pool.shutdown(wait=False, cancel_futures=True)
-        # A decoder may wait for a request that was just cancelled: that ends it too.
-        for pool in (self._decoders, self._fetchers):
-            pool.shutdown(wait=True)
-        self._ahead.clear()
+        """Drop what was prepared ahead; returns when no thread and no unfinished file is left."""
+        self._source.close()
+        self._target.close()
+        self._prefetcher.close()
+        if self._cache is not None:
+            self._cache.close()
 
-    def _submit(self, slot: int) -> tuple[Draw, Future]:
-        draw = self._sampler.draw(self._step, slot)
-        source = self._fetchers.submit(self._source_reader.fetch, draw.source)
-        target = self._fetchers.submit(self._target_reader.fetch, draw.target)
-        return draw, self._decoders.submit(self._prepare, draw, source, target)
+    def _works(self) -> Iterator[Work[Prepared]]:
+        for step in count(self._start):
+            for slot in self._slots:
+                draw = self._sampler.draw(step, slot)
+                reads = [(self._source, draw.source), (self._target, draw.target)]
+                yield Work(reads, partial(self._prepare, draw))
 
-    def _prepare(self, draw: Draw, source: Future, target: Future) -> tuple[Sample, Sample]:
+    def _prepare(self, draw: Draw, source: pa.Buffer, target: pa.Buffer) -> Prepared:
         return (
-            self._prepare_source(draw, self._source_reader.decode(draw.source, source.result())),
-            self._prepare_target(draw, self._target_reader.decode(draw.target, target.result())),
+            draw,
+            self._prepare_source(draw, self._source.decode(draw.source, source)),
+            self._prepare_target(draw, self._target.decode(draw.target, target)),
         )
 
     def _prepare_source(self, draw: Draw, sample: Sample) -> Sample:
@@ -190,109 +143,29 @@ class TrainLoader:
 
 
 def load_samples(reader: ShardReader, indices: Iterable[int], threads: int = 2) -> Iterator[Sample]:
-    """The samples at `indices`, in order, read ahead by `threads`; for evaluation."""
-    waiting = iter(indices)
-    ahead: deque[Future] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+    """The samples at `indices`, in order, read ahead; for evaluation. Closes the reader."""
+    works = (Work([(reader, index)], partial(reader.decode, index)) for index in indices)
+    prefetcher = Prefetcher(works, threads=threads, ahead=READ_AHEAD)
     try:
-        while True:
-            for index in islice(waiting, READ_AHEAD - len(ahead)):
-                ahead.append(pool.submit(reader.read, index))
-            if not ahead:
-                return
-            yield ahead.popleft().result()
+        yield from prefetcher
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        reader.close()
+        prefetcher.close()
 
 
-def check_data(
-    data: DataConfig, storage: StorageConfig, global_batch: int, *, day_night: bool = False
-) -> Manifest:
-    """Before work starts: both stores answer and can fill a batch. Returns the source manifest.
-
-    With `day_night` the classes must be those that its fusion knows, and the target's first
-    sample must have a reference image. Raises ValueError in one line.
-    """
-    for url in filter(None, (data.source, data.target)):
-        open_storage(url, storage).check()
-    source, _ = _open("source", data.source, storage)
-    target, reader = _open("target", data.target, storage, references=day_night)
-    _check(data, source, target, global_batch)
-    if day_night:
-        if source.taxonomy.names != CITYSCAPES_19.names:
-            raise ValueError(
-                f"teacher.day_night needs the 19 classes of Cityscapes, {source.url} has others: "
-                "ingest it with --classes cityscapes19 or set teacher.day_night to false"
-            )
-        reader.read(0)
-    return source
-
-
-def _open(
-    name: str, url: str, config: StorageConfig, references: bool = False
-) -> tuple[Manifest, ShardReader]:
-    if not url:
-        raise ValueError(f"data.{name} is not set: give the URL that `python -m jobs.ingest` wrote")
-    storage = open_storage(url, config)
-    manifest = read_manifest(storage)
-    return manifest, ShardReader(storage, manifest, references=references)
-
-
-def _check(data: DataConfig, source: Manifest, target: Manifest, global_batch: int) -> None:
-    """Refuse data that cannot fill a batch. Raises ValueError in one line."""
-    if not source.labelled:
-        raise ValueError(f"data.source {source.url} has no labels: ingest it with --labels true")
-    if target.labelled and target.taxonomy.names != source.taxonomy.names:
-        raise ValueError(
-            f"{source.url} and {target.url} have other classes: ingest both with one classes.json"
-        )
-    rarest = source.pixel_counts.max(axis=0)
-    for name, most, total in zip(
-        source.taxonomy.names, rarest, source.pixel_counts.sum(axis=0), strict=True
-    ):
-        if total and most <= data.rcs_min_pixels:
-            raise ValueError(
-                f"class {name!r}: no image of {source.url} holds more than data.rcs_min_pixels "
-                f"{data.rcs_min_pixels} pixels of it (the most is {most}): lower it"
-            )
-    for name, manifest in (("source", source), ("target", target)):
-        if len(manifest) < global_batch:
-            raise ValueError(
-                f"data.{name} {manifest.url} holds {len(manifest)} images, fewer than "
-                f"global_batch {global_batch}: add images or lower it"
-            )
-        small = (manifest.heights < data.crop_height) | (manifest.widths < data.crop_width)
-        if small.any():
-            i = int(small.argmax())
-            raise ValueError(
-                f"data.{name} image {manifest.keys[i]!r} is {manifest.widths[i]}x"
-                f"{manifest.heights[i]}, smaller than the crop {data.crop_width}x"
-                f"{data.crop_height}: lower data.crop_width and data.crop_height or ingest "
-                "with a larger --size"
-            )
-    if target.image_size is None:
-        raise ValueError(f"the images of {target.url} differ in size: ingest it with --size")
-
-
-def _collate(
-    step: int,
-    slots: list[int],
-    seeds: list[int],
-    pairs: list[tuple[Sample, Sample]],
-    ignore_index: int,
-) -> Batch:
+def _collate(step: int, slots: list[int], prepared: list[Prepared], ignore_index: int) -> Batch:
     def labels(samples: tuple[Sample, ...]) -> torch.Tensor:
         # The method ignores 255, whatever the data set's own value is.
         planes = torch.stack([sample.label for sample in samples]).long()[:, None]
         return planes.masked_fill_(planes == ignore_index, 255)
 
-    sources, targets = zip(*pairs, strict=True)
+    draws, sources, targets = zip(*prepared, strict=True)
     labelled = all(target.label is not None for target in targets)
     referenced = all(target.reference is not None for target in targets)
     return Batch(
         step=step,
         slots=slots,
-        seeds=seeds,
+        seeds=[draw.seed for draw in draws],
         source_keys=[sample.key for sample in sources],
         target_keys=[sample.key for sample in targets],
         source_image=torch.stack([sample.image for sample in sources]),

@@ -8,7 +8,8 @@ these sets partition the slots, and the union over ranks is the same set of draw
 step t needs the integer t and nothing else.
 
 Only raw Philox words are used (numpy guarantees them, unlike the streams of Generator methods),
-so a run that resumes with another numpy sees the same samples.
+so a run that resumes with another numpy sees the same samples. Nothing has the length of an
+epoch: the target's order is computed place by place, the images of a class are bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.random import Philox
+
+from cluster.bitmap import Bitmap
+from cluster.permutation import WORDS, permute
 
 # Second word of the Philox key: independent streams from one seed.
 SOURCE_STREAM, TARGET_STREAM = 0, 1
@@ -81,9 +85,9 @@ class Sampler:
         probabilities = rare_class_probabilities(source_pixel_counts.sum(axis=0), temperature)
         cumulative = np.cumsum(probabilities)
         self._cumulative = cumulative / cumulative[-1]  # ends at exactly 1, above every point
-        self._images = [np.flatnonzero(counts > min_pixels) for counts in source_pixel_counts.T]
+        self._images = [Bitmap(counts > min_pixels) for counts in source_pixel_counts.T]
         for rare_class, images in enumerate(self._images):
-            if probabilities[rare_class] > 0 and not images.size:
+            if probabilities[rare_class] > 0 and not len(images):
                 raise ValueError(
                     f"class {rare_class}: no image has more than {min_pixels} pixels of it"
                 )
@@ -91,7 +95,7 @@ class Sampler:
         self._seed = seed
         self._global_batch = global_batch
         # A batch touches two epochs at most where they meet.
-        self._epoch_order = lru_cache(maxsize=2)(self._shuffle)
+        self._epoch_words = lru_cache(maxsize=2)(self._draw_epoch_words)
 
     def draw(self, step: int, slot: int) -> Draw:
         """The draw of one slot, 0 <= slot < global_batch."""
@@ -103,15 +107,14 @@ class Sampler:
         images = self._images[rare_class]
         epoch, place = divmod(position, self._target_size)
         return Draw(
-            source=int(images[v * len(images) >> 64]),
-            target=int(self._epoch_order(epoch)[place]),
+            source=images.select(v * len(images) >> 64),
+            target=permute(place, self._target_size, self._epoch_words(epoch)),
             rare_class=rare_class,
             seed=w >> 1,
         )
 
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        """(target_size,) int64 permutation: sorting independent words makes all orders equal."""
-        return np.argsort(self._words(TARGET_STREAM, epoch, self._target_size), kind="stable")
+    def _draw_epoch_words(self, epoch: int) -> list[int]:
+        return self._words(TARGET_STREAM, epoch, WORDS).tolist()
 
     def _words(self, stream: int, address: int, count: int) -> np.ndarray:
         """(count,) uint64. The address sits above the word that counts along the stream."""

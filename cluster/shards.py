@@ -1,52 +1,28 @@
 """Arrow shards: one sample a record batch, so one ranged GET reads one sample.
 
-A data set is a folder of objects: `shard-NNNNN-HASH.arrow` files and `manifest.arrow`. Both are
-ordinary Arrow IPC files that any Arrow tool opens. The manifest holds the place (shard, offset,
-length) and the checksum of every sample. It is written last, so a folder without one is no data
-set, and shards are named by their content, so a data set being replaced stays whole until its
-new manifest stands.
+A shard is an ordinary Arrow IPC file that any Arrow tool opens. What the manifest says of it is
+always read from its bytes, whether they were just written or come back from the store: there is
+one way to know where a sample lies.
 
-Arrow does not notice a flipped payload byte: every read compares the xxh3 of the bytes with the
-manifest's, and a sample that stays damaged is an error with its key in it, never skipped.
+Arrow does not notice a flipped payload byte, hence the checksums; `cluster.reader` compares them.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import torch
 import xxhash
-from torchvision.io import ImageReadMode, decode_image
 
-from cluster.storage import Storage, StorageError
 from sepico.taxonomies import Taxonomy
 
-MANIFEST = "manifest.arrow"
-SCHEMA_VERSION = 1
 # A file starts with this magic, padded to 8 bytes; the schema's message follows, then the batches.
 ARROW_MAGIC_LENGTH = 8
-READ_ATTEMPTS = 3
-# Written once and read many times; the level costs nothing when reading.
-LABEL_CODEC = "zstd"
+# Written once and read many times: of the codecs this one decodes fastest, and at this level its
+# planes are about as small as PNG's.
+LABEL_CODEC = "lz4"
 LABEL_COMPRESSION_LEVEL = 9
-
-
-@dataclass(frozen=True)
-class Sample:
-    """`image` (3, H, W) uint8 RGB; `label` (H, W) uint8 train ids, None when unlabelled.
-
-    `reference` (3, H, W) uint8 RGB shows the same place, None where it was not asked for.
-    """
-
-    key: str
-    image: torch.Tensor
-    label: torch.Tensor | None
-    reference: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,36 +34,8 @@ class Shard:
     checksum: int
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a data set holds and where; all arrays run over its N samples, sorted by key."""
-
-    url: str
-    taxonomy: Taxonomy
-    labelled: bool
-    keys: list[str]
-    shards: list[Shard]
-    options: dict[str, Any]  # how it was ingested, for the record
-    shard: np.ndarray  # (N,) int32, index into `shards`
-    offsets: np.ndarray  # (N,) int64, bytes
-    lengths: np.ndarray  # (N,) int64, bytes
-    checksums: np.ndarray  # (N,) uint64, xxh3 of those bytes
-    heights: np.ndarray  # (N,) int32, pixels
-    widths: np.ndarray  # (N,) int32, pixels
-    pixel_counts: np.ndarray  # (N, C) int64, zeros when unlabelled
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def image_size(self) -> tuple[int, int] | None:
-        """(H, W) if all images have one size."""
-        sizes = np.unique(np.stack([self.heights, self.widths], axis=1), axis=0)
-        return (int(sizes[0, 0]), int(sizes[0, 1])) if len(sizes) == 1 else None
-
-
 def shard_schema(num_classes: int) -> pa.Schema:
-    """Columns of a shard. `label` is the (H, W) uint8 plane, zstd-compressed."""
+    """Columns of a shard. `label` is the (H, W) uint8 plane, lz4-compressed (an LZ4 frame)."""
     return pa.schema(
         [
             ("key", pa.string()),
@@ -96,13 +44,13 @@ def shard_schema(num_classes: int) -> pa.Schema:
             ("reference", pa.binary()),  # a paired image of the same place, null when there is none
             ("height", pa.int32()),
             ("width", pa.int32()),
-            ("pixel_counts", pa.list_(pa.int64(), num_classes)),
+            ("pixel_counts", pa.list_(pa.uint32(), num_classes)),
         ]
     )
 
 
 class ShardWriter:
-    """Builds one shard in memory and remembers where each sample lies."""
+    """Builds one shard, a record batch a sample."""
 
     def __init__(self, taxonomy: Taxonomy) -> None:
         self._num_classes = taxonomy.num_classes
@@ -110,9 +58,6 @@ class ShardWriter:
         self._sink = pa.BufferOutputStream()
         self._codec = pa.Codec(LABEL_CODEC, compression_level=LABEL_COMPRESSION_LEVEL)
         self._writer = pa.ipc.new_file(self._sink, self._schema)
-        # The writer emits the file's head together with the first batch.
-        self._end = ARROW_MAGIC_LENGTH + self._schema.serialize().size
-        self._rows: list[dict[str, Any]] = []
 
     def add(
         self,
@@ -126,185 +71,50 @@ class ShardWriter:
 
         `reference` is an encoded image of the same size.
         """
-        counts = None
+        row = {"key": key, "height": size[0], "width": size[1], "image": image}
+        row |= {"label": None, "reference": reference, "pixel_counts": None}
         if label is not None:
-            counts = np.bincount(label.ravel(), minlength=256)[: self._num_classes].tolist()
-        row = {"key": key, "height": size[0], "width": size[1], "pixel_counts": counts}
-        blobs = {"image": image, "label": None, "reference": reference}
-        if label is not None:
-            blobs["label"] = self._codec.compress(label.tobytes(), asbytes=True)
-        self._writer.write_batch(pa.RecordBatch.from_pylist([row | blobs], self._schema))
-        begin, self._end = self._end, self._sink.tell()
-        self._rows.append(row | {"offset": begin, "length": self._end - begin})
+            row["label"] = self._codec.compress(label.tobytes(), asbytes=True)
+            row["pixel_counts"] = np.bincount(label.ravel(), minlength=256)[: self._num_classes]
+        self._writer.write_batch(pa.RecordBatch.from_pylist([row], self._schema))
 
-    def finish(self) -> tuple[bytes, list[dict[str, Any]]]:
-        """The shard's bytes and its manifest rows (key, place, checksum, size, counts)."""
+    def finish(self) -> pa.Buffer:
+        """The bytes of the shard."""
         self._writer.close()
-        data = self._sink.getvalue().to_pybytes()
-        view = memoryview(data)
-        for row in self._rows:
-            payload = view[row["offset"] : row["offset"] + row["length"]]
-            row["checksum"] = xxhash.xxh3_64_intdigest(payload)
-        return data, self._rows
+        return self._sink.getvalue()
 
 
-def write_manifest(
-    storage: Storage,
-    taxonomy: Taxonomy,
-    shards: list[tuple[Shard, list[dict[str, Any]]]],
-    *,
-    labelled: bool,
-    options: dict[str, Any],
-) -> None:
-    """Make the data set real: one object, written at once, after all shards are in place."""
-    rows = [row | {"shard": i} for i, (_, rows) in enumerate(shards) for row in rows]
-    table = pa.Table.from_pylist(rows, _manifest_schema(taxonomy.num_classes))
-    description = {
-        "schema_version": SCHEMA_VERSION,
-        "taxonomy": taxonomy.to_dict(),
-        "labelled": labelled,
-        "shards": [asdict(shard) for shard, _ in shards],
-        "options": options,
+def shard_rows(data: pa.Buffer, num_classes: int) -> pa.Table:
+    """The manifest's rows of a shard, in order: its samples, their places and checksums."""
+    schema = shard_schema(num_classes)
+    ranges = record_batches(data)
+    payloads = [data[begin:end] for begin, end in ranges]
+    samples = [pa.ipc.read_record_batch(payload, schema) for payload in payloads]
+    described = [batch.select(["key", "height", "width", "pixel_counts"]) for batch in samples]
+    places = {
+        "offset": pa.array([begin for begin, _ in ranges], pa.int64()),
+        "length": pa.array([end - begin for begin, end in ranges], pa.uint32()),
+        "checksum": pa.array([xxhash.xxh3_64_intdigest(p) for p in payloads], pa.uint64()),
     }
-    text = json.dumps(description, sort_keys=True)
-    table = table.replace_schema_metadata({"sepico": text, "checksum": _digest(text, table)})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    storage.put(MANIFEST, sink.getvalue().to_pybytes())
+    table = pa.Table.from_batches(described).combine_chunks()
+    for name, column in places.items():
+        table = table.append_column(name, column)
+    return table
 
 
-def read_manifest(storage: Storage) -> Manifest:
-    """Raises StorageError, in one line, for a missing, damaged or newer manifest."""
-    where = f"{storage.url}/{MANIFEST}"
-    if not storage.exists(MANIFEST):
-        raise StorageError(f"no manifest at {storage.url}: run `python -m jobs.ingest` first")
-    try:
-        table = pa.ipc.open_file(storage.get(MANIFEST)).read_all()
-        text = table.schema.metadata[b"sepico"].decode()
-        description = json.loads(text)
-        version = description["schema_version"]
-        if version <= SCHEMA_VERSION:
-            intact = table.schema.metadata[b"checksum"].decode() == _digest(text, table)
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{where} is damaged or no manifest: ingest it again") from None
-    if version > SCHEMA_VERSION:
-        raise StorageError(
-            f"{where} has schema_version {version}, this code reads up to {SCHEMA_VERSION}: "
-            "update the code or ingest again"
-        )
-    if not intact:
-        raise StorageError(f"{where} is damaged (checksum differs): ingest it again")
-    return _manifest(storage.url, table, description)
+def record_batches(data: pa.Buffer) -> list[tuple[int, int]]:
+    """Where the record batches of an Arrow IPC file lie: (begin, end) in bytes, in order.
 
-
-class ShardReader:
-    """Random access to the samples of one data set; usable from many threads.
-
-    `references` asks for each sample's reference image: a sample without one is then an error.
+    Raises pa.ArrowException, EOFError or OSError where `data` is no such file.
     """
-
-    def __init__(self, storage: Storage, manifest: Manifest, *, references: bool = False) -> None:
-        self._storage = storage
-        self._manifest = manifest
-        self._references = references
-        self._schema = shard_schema(manifest.taxonomy.num_classes)
-
-    def read(self, index: int) -> Sample:
-        """Fetch and decode one sample. Raises StorageError with its key."""
-        return self.decode(index, self.fetch(index))
-
-    def fetch(self, index: int) -> pa.Buffer:
-        """The verified bytes of one sample, tried READ_ATTEMPTS times."""
-        manifest = self._manifest
-        shard = manifest.shards[manifest.shard[index]].name
-        place = int(manifest.offsets[index]), int(manifest.lengths[index])
-        for attempt in range(READ_ATTEMPTS):
-            if attempt:
-                time.sleep(0.1 * 2**attempt)
-            try:
-                payload = self._storage.get_range(shard, *place)
-            except StorageError as error:
-                reason = str(error)
-                continue
-            if xxhash.xxh3_64_intdigest(payload) == manifest.checksums[index]:
-                return pa.py_buffer(payload)
-            reason = f"{manifest.url}/{shard}: bytes {place[0]}+{place[1]} fail their checksum"
-        raise StorageError(
-            f"sample {manifest.keys[index]!r} is unreadable ({READ_ATTEMPTS} attempts): {reason}"
-        )
-
-    def decode(self, index: int, payload: pa.Buffer) -> Sample:
-        batch = pa.ipc.read_record_batch(payload, self._schema)
-        key = batch["key"][0].as_py()
-        size = batch["height"][0].as_py(), batch["width"][0].as_py()
-        image = self._image(key, batch["image"][0])
-        label, reference = None, None
-        if batch["label"][0].is_valid:
-            compressed = batch["label"][0].as_buffer()
-            plane = pa.decompress(compressed, size[0] * size[1], codec=LABEL_CODEC)
-            label = torch.frombuffer(plane, dtype=torch.uint8).view(size)
-        if self._references:
-            if not batch["reference"][0].is_valid:
-                raise StorageError(
-                    f"sample {key!r} of {self._manifest.url} has no reference image, which "
-                    "teacher.day_night needs: ingest it with references/ beside images/ (of "
-                    "dark_zurich the split train), or set it to false"
-                )
-            reference = self._image(key, batch["reference"][0])
-        return Sample(key, image, label, reference)
-
-    def _image(self, key: str, column: pa.BinaryScalar) -> torch.Tensor:
-        encoded = torch.frombuffer(bytearray(column.as_buffer()), dtype=torch.uint8)
+    reader = pa.BufferReader(data)
+    reader.seek(ARROW_MAGIC_LENGTH)
+    pa.ipc.read_message(reader)  # the schema
+    places, begin = [], reader.tell()
+    while True:
         try:
-            return decode_image(encoded, mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise StorageError(f"sample {key!r} of {self._manifest.url}: {error}") from None
-
-
-def _manifest_schema(num_classes: int) -> pa.Schema:
-    return pa.schema(
-        [
-            ("key", pa.string()),
-            ("shard", pa.int32()),
-            ("offset", pa.int64()),
-            ("length", pa.int64()),
-            ("checksum", pa.uint64()),
-            ("height", pa.int32()),
-            ("width", pa.int32()),
-            ("pixel_counts", pa.list_(pa.int64(), num_classes)),
-        ]
-    )
-
-
-def _manifest(url: str, table: pa.Table, description: dict[str, Any]) -> Manifest:
-    taxonomy = Taxonomy.from_dict(description["taxonomy"])
-    column = {name: table[name].combine_chunks() for name in table.column_names}
-    counts = np.zeros((len(table), taxonomy.num_classes), np.int64)
-    if description["labelled"]:
-        counts = column["pixel_counts"].flatten().to_numpy().reshape(counts.shape)
-    return Manifest(
-        url=url,
-        taxonomy=taxonomy,
-        labelled=description["labelled"],
-        keys=column["key"].to_pylist(),
-        shards=[Shard(**shard) for shard in description["shards"]],
-        options=description["options"],
-        shard=column["shard"].to_numpy(),
-        offsets=column["offset"].to_numpy(),
-        lengths=column["length"].to_numpy(),
-        checksums=column["checksum"].to_numpy(),
-        heights=column["height"].to_numpy(),
-        widths=column["width"].to_numpy(),
-        pixel_counts=counts,
-    )
-
-
-def _digest(text: str, table: pa.Table) -> str:
-    """xxh3 of the manifest's content, independent of how Arrow lays it out."""
-    digest = xxhash.xxh3_64(text.encode())
-    for name in table.column_names:
-        digest.update(json.dumps(table[name].to_pylist()).encode())
-    return digest.hexdigest()
+            pa.ipc.read_message(reader)
+        except EOFError:  # the marker before the footer
+            return places
+        places.append((begin, reader.tell()))
+        begin = reader.tell()

@@ -57,15 +57,18 @@ class Source:
     rescale_label: bool = False
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(filter(None, (self.image, self.label, self.reference)))
+
+    @property
     def size(self) -> int:
         """Bytes of all files."""
-        paths = (self.image, self.label, self.reference)
-        return sum(path.stat().st_size for path in paths if path)
+        return sum(path.stat().st_size for path in self.files)
 
 
 def read_image(path: Path) -> tuple[bytes, torch.Tensor]:
     """The file's bytes and the decoded (3, H, W) uint8 image."""
-    data = _read(path)
+    data = read_file(path)
     try:
         return data, decode_image(_tensor(data), mode=ImageReadMode.RGB)
     except (RuntimeError, ValueError):
@@ -74,7 +77,7 @@ def read_image(path: Path) -> tuple[bytes, torch.Tensor]:
 
 def read_label(path: Path, taxonomy: Taxonomy, coding: LabelCoding = TRAIN_IDS) -> torch.Tensor:
     """The label plane as (H, W) uint8 train ids of `taxonomy`."""
-    data = _read(path)
+    data = read_file(path)
     if tuple(data[24:26]) not in PNG_KINDS[coding.png]:
         numbers = "train ids" if coding.ids is None else "label ids"
         raise ValueError(f"{path} is no {coding.png} PNG: write the {numbers} as one")
@@ -97,7 +100,8 @@ def read_label(path: Path, taxonomy: Taxonomy, coding: LabelCoding = TRAIN_IDS) 
     return torch.from_numpy(plane)
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The bytes of a file. Raises ValueError, in one line, where this node cannot read it."""
     try:
         return path.read_bytes()
     except OSError as error:

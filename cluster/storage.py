@@ -2,9 +2,9 @@
 
 A `Storage` belongs to the process that opened it: the Rust client inside keeps sockets and
 threads, and a client that crosses a fork returns other requests' bytes. Send the URL and the
-`StorageConfig` to another process and open it there. Credentials never leave the process: they
-come from the AWS default chain (environment, profile, web identity, instance role) and are
-neither stored in a configuration nor pickled.
+`StorageConfig` to another process and open it there. Credentials never leave the process: they come
+from the provider's default chain (`cluster.stores`) and are neither stored in a configuration
+nor pickled.
 """
 
 from __future__ import annotations
@@ -14,34 +14,26 @@ import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-import boto3
-import botocore.config
-import botocore.exceptions
 import obstore
+import pyarrow as pa
 import pyarrow.fs
-from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
     PermissionDeniedError,
     UnauthenticatedError,
 )
-from obstore.store import LocalStore, S3Store
+from obstore.store import ObjectStore
 
-CREDENTIALS_FIX = (
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role "
-    "(or --storage.anonymous true for a public bucket)"
-)
-# A body that stalls is given up after READ_TIMEOUT and asked for again, RETRIES times.
-CONNECT_TIMEOUT_S = 3
-READ_TIMEOUT_S = 20
-REQUEST_TIMEOUT_S = 120
-RETRIES = 3
+from cluster import stores
+
+DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+# The client's threads belong to the process that first used it.
+_client_process: int | None = None
 
 
 class StorageError(ValueError):
@@ -52,21 +44,38 @@ class MissingObjectError(StorageError):
     """The one line of an object that is not there."""
 
 
+class AccessDeniedError(StorageError):
+    """The one line of an object that may not be read or written."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a request may stall, how long it may take, and how often it is sent again."""
+
+    stall_s: float = 20
+    request_s: float = 120
+    retries: int = 3
+
+
 @dataclass
 class StorageConfig:
-    """How object storage is reached. Credentials come from the AWS default chain.
+    """How object storage is reached. Credentials come from the provider's default chain.
 
     Attributes:
-        endpoint: S3 endpoint URL; default: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, else AWS.
+        endpoint: URL of another server than the provider's own, https:// or http://; default for
+            S3: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL.
         region: S3 region; default: the AWS default chain, else us-east-1.
-        path_style: Address buckets as ENDPOINT/BUCKET; false: BUCKET.ENDPOINT.
+        path_style: Address S3 buckets as ENDPOINT/BUCKET; false: BUCKET.ENDPOINT.
         anonymous: Send unsigned requests, for public buckets.
+        ca_bundle: PEM file, on every node, of an authority to trust for https:// besides the
+            public ones; default: AWS_CA_BUNDLE.
     """
 
     endpoint: str | None = None
     region: str | None = None
     path_style: bool = True
     anonymous: bool = False
+    ca_bundle: str | None = None
 
     def __post_init__(self) -> None:
         if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
@@ -81,9 +90,9 @@ class Storage:
     Every method raises StorageError with one line that names the object and the fix.
     """
 
-    def __init__(self, url: str, config: StorageConfig) -> None:
+    def __init__(self, url: str, config: StorageConfig, patience: Patience) -> None:
         self.url = absolute_url(url).rstrip("/")
-        self._config = config
+        self._config, self._patience = config, patience
         self._scheme, self._bucket, self._path = _split(self.url)
 
     def __reduce__(self) -> NoReturn:
@@ -99,12 +108,12 @@ class Storage:
         with self._errors_name(key):
             return obstore.get_range(self._store, key, start=offset, length=length)
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | pa.Buffer) -> None:
         """Write an object at once: a reader sees the old bytes or the new ones, never a part."""
         with self._errors_name(key):
             if self._scheme == "file":
                 Path(self._path).mkdir(parents=True, exist_ok=True)
-            obstore.put(self._store, key, data)
+            obstore.put(self._store, key, memoryview(data).cast("B"))
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object that is not there yet; False, and nothing written, if it is.
@@ -119,6 +128,18 @@ class Storage:
             except AlreadyExistsError:
                 return False
             return True
+
+    def download(self, key: str, path: Path) -> None:
+        """Copy the object into a local file, piece by piece."""
+        with self._errors_name(key), path.open("wb") as file:
+            for piece in obstore.get(self._store, key).stream():
+                file.write(piece)
+
+    def describe(self, key: str) -> tuple[int, str]:
+        """The object's size in bytes, and a version that changes with its content."""
+        with self._errors_name(key):
+            found = obstore.head(self._store, key)
+            return found["size"], f"{found['e_tag']} {found['last_modified']}"
 
     def exists(self, key: str) -> bool:
         with self._errors_name(key):
@@ -141,6 +162,12 @@ class Storage:
         with self._errors_name(key), suppress(FileNotFoundError):
             obstore.delete(self._store, key)
 
+    def delete_unfinished(self) -> None:
+        """Remove what killed writers left in a folder; a bucket never shows that as objects."""
+        if self._scheme == "file":
+            for path in Path(self._path).glob("*.arrow#*"):
+                path.unlink()
+
     def check(self) -> None:
         """Before work starts: does the store answer, does the bucket exist, are we let in?
 
@@ -149,47 +176,68 @@ class Storage:
         """
         if self._scheme == "file":
             _check_folder(self.url, Path(self._path))
-        else:
-            _check_bucket(self.url, self._bucket, self._config)
+            return
+        with self._errors_name(""):
+            if self._scheme != "s3":
+                quick = Patience(stores.CONNECT_TIMEOUT_S, stores.CONNECT_TIMEOUT_S, retries=1)
+                next(iter(obstore.list(self._open(quick), chunk_size=1)), None)
+            elif refusal := stores.s3_refusal(self._bucket, self._config):
+                raise StorageError(f"{self.url}: {refusal}")
 
     @cached_property
-    def _store(self) -> LocalStore | S3Store:
-        if self._scheme == "file":
-            if not Path(self._path).is_dir():
-                raise FileNotFoundError(self._path)
-            return LocalStore(prefix=self._path)
-        return _s3_store(self.url, self._bucket, self._path, self._config)
+    def _store(self) -> ObjectStore:
+        if self._scheme == "file" and not Path(self._path).is_dir():
+            raise FileNotFoundError(self._path)
+        return self._open(self._patience)
+
+    def _open(self, patience: Patience) -> ObjectStore:
+        return stores.open_store(self._scheme, self._bucket, self._path, self._config, patience)
 
     @contextmanager
     def _errors_name(self, key: str) -> Iterator[None]:
         """Turn what the client raises into one line that names the object."""
+        where = f"{self.url}/{key}".rstrip("/")
+        _claim_client(where)
         try:
             yield
+        except stores.NoCredentialsError:
+            raise StorageError(f"{self.url}: {self._no_credentials()}") from None
         except (BaseError, OSError) as error:
-            where = f"{self.url}/{key}".rstrip("/")
-            missing = isinstance(error, FileNotFoundError)
-            kind = MissingObjectError if missing else StorageError
+            kind = StorageError
+            if isinstance(error, FileNotFoundError):
+                kind = MissingObjectError
+            elif isinstance(error, DENIED):
+                kind = AccessDeniedError
             raise kind(f"{where}: {self._reason(error)}") from None
 
     def _reason(self, error: Exception) -> str:
         text = str(error)
-        if "NoSuchBucket" in text:
+        if "NoSuchBucket" in text or "ContainerNotFound" in text:
             return f"no bucket {self._bucket!r}: create it or fix the URL"
         if isinstance(error, FileNotFoundError):
             return "no such object"
-        if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
-            fix = CREDENTIALS_FIX if self._scheme == "s3" else "change the folder's permissions"
-            return f"access denied: {fix}"
+        if isinstance(error, DENIED):
+            return f"access denied: {stores.CREDENTIALS_FIX[self._scheme]}"
+        if "token request" in text:  # the last link of the chain: a cloud machine's own identity
+            return self._no_credentials()
+        if "Account must be specified" in text:
+            return "no storage account: set AZURE_STORAGE_ACCOUNT_NAME"
         # The first line only: the rest is the server's XML and the client's debug dump.
         return text.splitlines()[0].split(": <?xml")[0] if text else type(error).__name__
 
+    def _no_credentials(self) -> str:
+        provider = {"s3": "AWS", "gs": "Google", "az": "Azure"}[self._scheme]
+        return f"no {provider} credentials: {stores.CREDENTIALS_FIX[self._scheme]}"
 
-def open_storage(url: str, config: StorageConfig) -> Storage:
-    """Open `s3://bucket/prefix`, `file:///folder`, or a local path. Touches nothing yet.
+
+def open_storage(url: str, config: StorageConfig, patience: Patience | None = None) -> Storage:
+    """Open `s3://bucket/prefix`, `gs://`, `az://`, `file:///folder`, or a local path.
+
+    Touches nothing yet.
 
     Raises StorageError for a URL it cannot read.
     """
-    return Storage(url, config)
+    return Storage(url, config, patience or Patience())
 
 
 def read_url(url: str, config: StorageConfig) -> bytes:
@@ -212,20 +260,11 @@ def pyarrow_filesystem(url: str, config: StorageConfig) -> tuple[pyarrow.fs.File
     """File system and path for Ray Train's `storage_filesystem` and `storage_path`.
 
     Ray pickles the file system into every worker, so no credentials are put into it: each
-    process finds its own through the AWS default chain.
+    process finds its own.
     """
     scheme, bucket, path = _split(absolute_url(url).rstrip("/"))
-    if scheme == "file":
-        return pyarrow.fs.LocalFileSystem(), path
-    endpoint = urllib.parse.urlsplit(_endpoint(config) or "")
-    filesystem = pyarrow.fs.S3FileSystem(
-        anonymous=config.anonymous,
-        region=_region(config),
-        scheme=endpoint.scheme or "https",
-        endpoint_override=endpoint.netloc or None,
-        force_virtual_addressing=not config.path_style,
-    )
-    return filesystem, f"{bucket}/{path}".rstrip("/")
+    filesystem = stores.arrow_filesystem(scheme, config, Patience())
+    return filesystem, path if scheme == "file" else f"{bucket}/{path}".rstrip("/")
 
 
 def _split(url: str) -> tuple[str, str, str]:
@@ -233,45 +272,24 @@ def _split(url: str) -> tuple[str, str, str]:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "file" and not parts.netloc:
         return "file", "", urllib.parse.unquote(parts.path) or "/"
-    if parts.scheme == "s3" and parts.netloc:
-        return "s3", parts.netloc, parts.path.strip("/")
-    raise StorageError(f"cannot read the URL {url!r}: use s3://BUCKET/PREFIX or file:///FOLDER")
-
-
-def _endpoint(config: StorageConfig) -> str | None:
-    variables = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
-    return config.endpoint or next(filter(None, variables), None)
-
-
-def _region(config: StorageConfig) -> str:
-    return config.region or boto3.Session().region_name or "us-east-1"
-
-
-def _s3_store(url: str, bucket: str, prefix: str, config: StorageConfig) -> S3Store:
-    options = {"region": _region(config), "virtual_hosted_style_request": not config.path_style}
-    if endpoint := _endpoint(config):
-        options["aws_endpoint_url_s3"] = endpoint  # the key that wins over the environment
-    provider = None
-    if config.anonymous:
-        options["skip_signature"] = True
-    else:
-        try:
-            provider = Boto3CredentialProvider(boto3.Session())
-        except ValueError:
-            raise StorageError(f"{url}: no AWS credentials: {CREDENTIALS_FIX}") from None
-    return S3Store(
-        bucket,
-        prefix=prefix or None,
-        config=options,
-        credential_provider=provider,
-        client_options={
-            "allow_http": True,
-            "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-            "read_timeout": timedelta(seconds=READ_TIMEOUT_S),
-            "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),
-        },
-        retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=60)},
+    if parts.scheme in ("s3", "gs", "az") and parts.netloc:
+        return parts.scheme, parts.netloc, parts.path.strip("/")
+    raise StorageError(
+        f"cannot read the URL {url!r}: use s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, "
+        "az://CONTAINER/PREFIX or file:///FOLDER"
     )
+
+
+def _claim_client(where: str) -> None:
+    """A child of fork has its parent's sockets and none of its threads: it would wait for ever."""
+    global _client_process
+    if _client_process is None:
+        _client_process = os.getpid()
+    if _client_process != os.getpid():
+        raise StorageError(
+            f"{where}: this process was forked from one that had used object storage: "
+            "start it with spawn"
+        )
 
 
 def _check_folder(url: str, folder: Path) -> None:
@@ -280,38 +298,3 @@ def _check_folder(url: str, folder: Path) -> None:
         raise StorageError(f"{url}: {existing} is a file, a folder is needed")
     if existing != folder and not os.access(existing, os.W_OK):
         raise StorageError(f"{url}: no such folder, and {existing} may not be written to")
-
-
-def _check_bucket(url: str, bucket: str, config: StorageConfig) -> None:
-    session = boto3.Session()  # a new one: boto3's default session keeps its first credentials
-    if not config.anonymous and session.get_credentials() is None:
-        raise StorageError(f"{url}: no AWS credentials: {CREDENTIALS_FIX}")
-    client = session.client(
-        "s3",
-        endpoint_url=_endpoint(config),
-        region_name=_region(config),
-        config=botocore.config.Config(
-            signature_version=botocore.UNSIGNED if config.anonymous else None,
-            s3={"addressing_style": "path" if config.path_style else "virtual"},
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=CONNECT_TIMEOUT_S,
-            retries={"total_max_attempts": 2},
-        ),
-    )
-    endpoint = client.meta.endpoint_url
-    try:
-        client.head_bucket(Bucket=bucket)
-    except botocore.exceptions.ClientError as error:
-        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        reasons = {
-            404: f"no bucket {bucket!r} at {endpoint}: create it, or fix the URL or the endpoint",
-            403: f"access to bucket {bucket!r} denied at {endpoint}: {CREDENTIALS_FIX}",
-            301: f"bucket {bucket!r} lives in another region: set --storage.region",
-        }
-        reason = reasons.get(status, f"{endpoint} answers {status}: check --storage.endpoint")
-        raise StorageError(f"{url}: {reason}") from None
-    except botocore.exceptions.BotoCoreError as error:
-        reason = " ".join(str(error).split())
-        raise StorageError(f"{url}: {reason}: check --storage.endpoint") from None
-    finally:
-        client.close()

@@ -14,10 +14,10 @@ from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.config import TrainConfig, WorkerRange
+from cluster.data import check_data
 from cluster.deepspeed_config import deepspeed_config, read_deepspeed
 from cluster.lease import hold_lease
-from cluster.loader import check_data
-from cluster.shards import read_manifest
+from cluster.manifest import read_manifest
 from cluster.storage import (
     Storage,
     StorageConfig,
@@ -34,7 +34,8 @@ CONFIG = "config.json"
 _CHANGEABLE = {
     "run", "runs", "workers", "cpus_per_worker", "placement_timeout", "max_failures",
     "log_every", "checkpoint_every", "keep_last", "keep_best", "panel_every", "storage",
-    "validation", "engine.zero_stage", "engine.offload_optimizer", "engine.deepspeed",
+    "validation", "data.cache", "data.cache_bytes", "data.threads", "data.prefetch",
+    "engine.zero_stage", "engine.offload_optimizer", "engine.deepspeed",
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from cluster.evaluation import mean_ious
 from cluster.inference import evaluate_network
 from cluster.lease import Lease
 from cluster.loader import Batch, TrainLoader
+from cluster.read_metrics import summarize
 from cluster.storage import Storage, open_storage
 from cluster.telemetry import RunLog
 from cluster.training import Diverged
@@ -104,13 +105,15 @@ class _Trainer:
             start_step=self.start,
             references=config.teacher.day_night,
         )
-        pixel_counts = torch.from_numpy(self.loader.source.pixel_counts.sum(axis=0))
+        pixel_counts = self.loader.source.pixel_counts.sum(axis=0, dtype="int64")
         self.step = AdaptationStep(
             config,
             network.normalize,
             self.teacher,
             self.contrast,
-            class_weights(pixel_counts, config.teacher.class_weight_std).to(device),
+            class_weights(torch.from_numpy(pixel_counts), config.teacher.class_weight_std).to(
+                device
+            ),
         )
         self.log = RunLog(run, self.start) if self.rank == 0 else None
         self.preemption: ray.train.PreemptionInfo | None = None
@@ -232,7 +235,9 @@ class _Trainer:
         metrics["learning_rate"] = learning_rate(step, self.config.optimization)
         rate = timer.steps_per_second(step + 1)
         metrics["images_per_second"] = rate * self.config.optimization.global_batch
-        metrics["data_wait_share"] = timer.share(self.loader.wait_seconds)
+        reading = torch.tensor(self.loader.metrics.take(), dtype=torch.float64).to(self.device)
+        dist.all_reduce(reading)
+        metrics |= summarize(reading.tolist())
         if self.log:
             self.log.log(step, metrics)
             shown = {
@@ -241,6 +246,10 @@ class _Trainer:
                 if name in metrics and "regularizer" not in name
             }
             shown["images/s"] = f"{metrics['images_per_second']:.1f}"
+            shown["MB/s"] = f"{metrics['data_bytes_per_second'] / 1e6:.1f}"
+            shown["data wait"] = f"{metrics['data_wait_share']:.0%}"
+            if metrics["data_retries"]:
+                shown["retries"] = f"{metrics['data_retries']:.0f}"
             self.progress.update.remote(step + 1, self.steps, shown)
 
     def _validate(self, student: Segmentor, step: int) -> dict[str, float]:
@@ -260,10 +269,10 @@ class _Trainer:
 
 
 class _Timer:
-    """Steps per second since the previous call, and shares of the time since the start."""
+    """Steps per second since the previous call."""
 
     def __init__(self, step: int) -> None:
-        self._began = self._time = time.monotonic()
+        self._time = time.monotonic()
         self._step = step
 
     def steps_per_second(self, step: int) -> float:
@@ -271,6 +280,3 @@ class _Timer:
         rate = (step - self._step) / max(now - self._time, 1e-9)
         self._time, self._step = now, step
         return rate
-
-    def share(self, seconds: float) -> float:
-        return seconds / max(time.monotonic() - self._began, 1e-9)

@@ -28,15 +28,19 @@ def run(
     check: Callable[[Config], Any] | None = None,
     dry_run: Callable[[Config], Any] | None = None,
     arguments: list[str] | None = None,
+    command: str | None = None,
 ) -> None:
     """Parse the command line into `config_class`, `check` it, then call `main` with it.
 
     With `dry_run` there is a flag `--dry-run` that calls it instead of both. `check` looks at the
     world outside the configuration (folders, stores) before work starts: a ValueError there is a
     usage error like one in the configuration itself.
+
+    `command` is the word that `arguments` came after, for a job that does several things; keys
+    without a default are then words too, not flags.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    config = parse(config_class, arguments, dry_run=dry_run is not None)
+    config = parse(config_class, arguments, dry_run=dry_run is not None, command=command)
     if dry_run is not None and DRY_RUN in arguments:
         main, check = dry_run, None
     try:
@@ -53,10 +57,14 @@ def run(
 
 
 def parse(
-    config_class: type[Config], arguments: list[str] | None = None, *, dry_run: bool = False
+    config_class: type[Config],
+    arguments: list[str] | None = None,
+    *,
+    dry_run: bool = False,
+    command: str | None = None,
 ) -> Config:
     """The configuration that a command line describes; ends the process if it is wrong."""
-    parser = _parser(config_class)
+    parser = _parser(config_class, command)
     if dry_run:
         what = "Build everything, train nothing, print what the run would be."
         parser.add_argument(DRY_RUN, action="store_true", help=what)
@@ -93,16 +101,16 @@ class _PresetOrFile(ActionConfigFile):
             raise ValueError(f"--config {values}: {error}") from None
 
 
-def _parser(config_class: type) -> ArgumentParser:
+def _parser(config_class: type, command: str | None) -> ArgumentParser:
     module = sys.modules["__main__"].__spec__
     parser = ArgumentParser(
-        prog=f"python -m {module.name}" if module else None,
+        prog=" ".join(filter(None, ("python -m", module.name, command))) if module else None,
         exit_on_error=False,
         allow_abbrev=False,
         print_config="--print_config",
     )
     parser.add_argument("--config", action=_PresetOrFile, help="Preset name or YAML file.")
-    parser.add_class_arguments(config_class)
+    parser.add_class_arguments(config_class, as_positional=command is not None)
     return parser
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from cluster.config import TrainConfig
 from cluster.evaluation import evaluate_tasks, load_network, tasks_of_run
 from cluster.ingest import IngestConfig, ingest
-from cluster.shards import ShardReader, read_manifest
+from cluster.reader import open_reader
 from cluster.storage import StorageConfig, absolute_url, open_storage
 from cluster.training import connect_ray, train
 from jobs.command_line import parse, run
@@ -109,9 +109,8 @@ def _train(config: DemoConfig, root: Path, data: dict[str, str], method: str) ->
 @torch.no_grad()
 def _picture(data_url: str, runs: dict[str, str], count: int = 3) -> bytes:
     """Night scene, truth and each run's prediction, a row a scene."""
-    store = open_storage(data_url, StorageConfig())
-    manifest = read_manifest(store)
-    reader = ShardReader(store, manifest)
+    reader = open_reader(data_url, StorageConfig())
+    manifest = reader.manifest
     samples = [reader.read(i) for i in range(count)]
     images = torch.stack([sample.image for sample in samples]).float() / 255
     columns: dict[str, np.ndarray] = {

@@ -4,10 +4,18 @@ python -m jobs.ingest --dataset gtav --root DATA/gta --to s3://BUCKET/gtav --siz
 python -m jobs.ingest --dataset dark_zurich --root DATA/dz --labels false --to s3://BUCKET/night
 python -m jobs.ingest --root DATA/source_day --list train.txt --to s3://BUCKET/day --size 960x720
 python -m jobs.ingest --root DATA/target_dusk --labels false --to s3://BUCKET/dusk
+
+Started again after an interruption, the same command goes on where it was. What was written is
+read back and compared with its checksums by
+
+python -m jobs.ingest verify s3://BUCKET/gtav
 """
+
+import sys
 
 from cluster.ingest import IngestConfig, check, ingest
 from cluster.training import connect_ray
+from cluster.verification import VerifyConfig, find, verify
 from jobs.command_line import run
 
 
@@ -21,5 +29,20 @@ def main(config: IngestConfig) -> None:
     )
 
 
+def report(config: VerifyConfig) -> None:
+    """Print what is damaged, a line each. Raises ValueError if anything is."""
+    connect_ray()
+    manifest, damages = verify(config)
+    for damage in damages:
+        print(f"{damage.name}: {damage.reason}")
+    counted = f"{len(manifest)} images in {len(manifest.shards)} shards of {manifest.url}"
+    if damages:
+        raise ValueError(f"{len(damages)} damaged of {counted}: ingest it again")
+    print(f"{counted} are intact")
+
+
 if __name__ == "__main__":
-    run(main, IngestConfig, check=check)
+    if sys.argv[1:2] == ["verify"]:
+        run(report, VerifyConfig, check=find, arguments=sys.argv[2:], command="verify")
+    else:
+        run(main, IngestConfig, check=check)

@@ -5,24 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sysconfig
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import boto3
-import botocore.config
-import botocore.exceptions
 import numpy as np
 import pytest
 import torch
 from torchvision.io import write_jpeg, write_png
 
-ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
+from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, free_ports, run_s3_server
+
 NUM_CLASSES = 5
 
 
@@ -40,68 +33,12 @@ def aws_environment() -> Iterator[None]:
         yield
 
 
-@dataclass
-class S3Server:
-    """A SeaweedFS server on loopback."""
-
-    endpoint: str
-
-    def make_bucket(self, name: str) -> str:
-        """Create a bucket; returns its URL."""
-        self._client().create_bucket(Bucket=name)
-        return f"s3://{name}"
-
-    def is_ready(self) -> bool:
-        try:
-            self._client().list_buckets()
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
-            return False
-        return True
-
-    def _client(self):
-        session = boto3.Session(ACCESS_KEY, SECRET_KEY, region_name="us-east-1")
-        config = botocore.config.Config(
-            connect_timeout=1, read_timeout=10, retries={"total_max_attempts": 1}
-        )
-        return session.client("s3", endpoint_url=self.endpoint, config=config)
-
-
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     folder = tmp_path_factory.mktemp("s3")
-    identity = {
-        "name": "test",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    # Every port is given: the defaults are fixed numbers or lie 10,000 above another one.
-    names = [
-        f"{part}.port{kind}"
-        for part in ("master", "volume", "filer", "s3")
-        for kind in ("", ".grpc")
-    ]
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
-    command = [
-        Path(sysconfig.get_path("scripts")) / "weed", "server", f"-dir={folder}",
-        "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=500", "-master.volumeSizeLimitMB=64",
-        "-filer", "-s3", f"-s3.config={folder / 's3.json'}",
-        "-s3.port.iceberg=0", "-s3.port.lance=0", *(f"-{k}={v}" for k, v in ports.items()),
-    ]  # fmt: skip
-    server = S3Server(f"http://127.0.0.1:{ports['s3.port']}")
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
-    try:
-        deadline = time.monotonic() + 60
-        while not server.is_ready():
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"no S3 server: {(folder / 'log').read_text()[-2000:]}")
-            time.sleep(0.2)
+    with run_s3_server(folder) as server:
         yield server
-    finally:
-        process.kill()  # a polite end takes 20 s, and there is nothing to save
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -159,10 +96,11 @@ def write_dataset() -> Callable[..., None]:
 
     `references` is a folder like `folder`; its images of the same name become the references.
     """
+    from cluster.conversion import build_shard
     from cluster.datasets import find_sources, read_taxonomy
-    from cluster.ingest import build_shard
     from cluster.layouts import DATASETS
-    from cluster.shards import Shard, write_manifest
+    from cluster.manifest import write_manifest
+    from cluster.shards import Shard
 
     def write(
         folder: Path,
@@ -189,10 +127,6 @@ def write_dataset() -> Callable[..., None]:
     return write
 
 
-def _free_ports(count: int) -> list[int]:
-    """Distinct ports that are free now: all are held until the last one is found."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for held in sockets:
-            held.bind(("127.0.0.1", 0))
-        return [held.getsockname()[1] for held in sockets]
+@pytest.fixture
+def unused_port() -> int:
+    return free_ports(1)[0]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from cluster.config import TrainConfig, ValidationConfig
+from cluster.data import DataConfig
 from cluster.datasets import read_taxonomy
 from cluster.layouts import DATASETS
-from cluster.loader import DataConfig, TrainLoader
+from cluster.loader import TrainLoader
 from cluster.storage import StorageConfig, open_storage
 from cluster.training import resolve
 from sepico.step import AdaptationStep, StepBatch

@@ -8,11 +8,13 @@ from itertools import islice
 import pytest
 import torch
 
-from cluster import shards
+from cluster import reader
 from cluster.config import TrainConfig
+from cluster.data import DataConfig, check_data
 from cluster.dry_run import describe
-from cluster.loader import DataConfig, TrainLoader, check_data
-from cluster.shards import ShardReader, read_manifest
+from cluster.loader import TrainLoader
+from cluster.manifest import read_manifest
+from cluster.reader import ShardReader
 from cluster.storage import StorageConfig, StorageError, open_storage
 from cluster.training import resolve
 from sepico.config import TeacherConfig
@@ -122,9 +124,9 @@ def test_references_belong_to_slots_whatever_the_workers_and_the_first_step(data
 
 def test_a_reference_that_nobody_asks_for_is_not_decoded(data, monkeypatch):
     decoded = []
-    decode = shards.decode_image
+    decode = reader.decode_image
     monkeypatch.setattr(
-        shards, "decode_image", lambda *a, **k: decoded.append(a) or decode(*a, **k)
+        reader, "decode_image", lambda *a, **k: decoded.append(a) or decode(*a, **k)
     )
     assert open_reader(data.target).read(0).reference is None
     assert len(decoded) == 1

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from cluster.config import EngineConfig, TrainConfig
+from cluster.data import DataConfig
 from cluster.dry_run import all_reduced_bytes, describe, model_state_bytes
-from cluster.loader import DataConfig
 from cluster.storage import StorageConfig, open_storage
 from sepico.config import ContrastConfig
 from sepico.normalization import set_batch_norm

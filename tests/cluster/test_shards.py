@@ -1,7 +1,10 @@
 """A shard gives back what went in, and a damaged one is an error with the sample's key."""
 
+import ast
 import json
-import threading
+import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,8 +12,10 @@ import pytest
 import torch
 from torchvision.io import decode_image
 
-from cluster import shards
-from cluster.shards import ShardReader, read_manifest
+from cluster import manifest as manifests
+from cluster.manifest import read_manifest
+from cluster.reader import ShardReader
+from cluster.shards import record_batches
 from cluster.storage import StorageConfig, StorageError, open_storage
 
 
@@ -25,7 +30,7 @@ def test_samples_round_trip(folder, storage):
     manifest = read_manifest(storage)
     reader = ShardReader(storage, manifest)
     assert len(manifest) == 12 and manifest.image_size == (48, 64)
-    assert manifest.keys == [f"frame{i:03d}" for i in range(12)]
+    assert list(manifest.keys) == [f"frame{i:03d}" for i in range(12)]
     for i, key in enumerate(manifest.keys):
         sample = reader.read(i)
         label = decode_image(folder / f"labels/{key}.png")[0]
@@ -79,25 +84,22 @@ def test_a_missing_shard_is_an_error_with_the_key(storage):
         ShardReader(storage, manifest).read(7)
 
 
-def test_a_read_that_fails_for_a_moment_is_repeated(storage):
-    manifest = read_manifest(storage)
-    data = storage.get("shard-00000.arrow")
-    storage.delete("shard-00000.arrow")
-    threading.Timer(0.1, storage.put, ("shard-00000.arrow", data)).start()
-    assert ShardReader(storage, manifest).read(0).key == "frame000"
-
-
 def test_a_missing_manifest_says_what_to_run(tmp_path):
     storage = open_storage(str(tmp_path / "nothing"), StorageConfig())
     with pytest.raises(StorageError, match=r"no manifest at file://.*python -m jobs.ingest"):
         read_manifest(storage)
 
 
-def test_a_later_schema_version_is_refused(storage, folder, write_dataset, monkeypatch):
-    monkeypatch.setattr(shards, "SCHEMA_VERSION", 2)
+@pytest.mark.parametrize(
+    ("version", "fix"), [(3, "update the code or ingest again"), (1, "ingest it again")]
+)
+def test_another_schema_version_is_refused(
+    storage, folder, write_dataset, monkeypatch, version, fix
+):
+    monkeypatch.setattr(manifests, "SCHEMA_VERSION", version)
     write_dataset(folder, storage)
     monkeypatch.undo()
-    with pytest.raises(StorageError, match="schema_version 2, this code reads up to 1"):
+    with pytest.raises(StorageError, match=f"schema_version {version}, this code reads 2: {fix}"):
         read_manifest(storage)
 
 
@@ -112,7 +114,7 @@ def test_a_damaged_manifest_is_refused(storage):
         except StorageError as error:
             assert "manifest.arrow" in str(error)
         else:  # a byte that carries nothing: padding, or the copy of the schema in the footer
-            assert manifest.keys == [f"frame{i:03d}" for i in range(12)]
+            assert list(manifest.keys) == [f"frame{i:03d}" for i in range(12)]
     for content in (b"", b"no arrow", intact[:200]):
         storage.put("manifest.arrow", content)
         with pytest.raises(StorageError, match="damaged"):
@@ -124,3 +126,48 @@ def test_the_manifest_carries_the_taxonomy(folder, storage):
     taxonomy = read_manifest(storage).taxonomy
     assert taxonomy.names == tuple(entry["name"] for entry in classes)
     assert taxonomy.ignore_index == 255
+
+
+def test_a_large_manifest_lies_once_on_a_node(
+    folder, write_dataset, storage, tmp_path, monkeypatch
+):
+    small = read_manifest(storage)
+    monkeypatch.setattr(manifests, "SHARED_FROM_BYTES", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    mapped = [read_manifest(storage) for _ in range(2)]
+    (plain,) = (tmp_path / "temporary").rglob("*-*/*-*")
+    assert Path("/proc/self/maps").read_text().count(str(plain)) == 2
+    for manifest in mapped:
+        assert list(manifest.keys) == list(small.keys) and manifest.shards == small.shards
+        for name in ("shard", "offsets", "lengths", "checksums", "heights", "pixel_counts"):
+            assert np.array_equal(getattr(manifest, name), getattr(small, name))
+    write_dataset(folder, storage, labels=False)
+    assert not read_manifest(storage).labelled and mapped[0].labelled
+    damaged = bytearray(storage.get("manifest.arrow"))
+    ((begin, end),) = record_batches(pa.py_buffer(damaged))
+    damaged[(begin + end) // 2] ^= 1
+    storage.put("manifest.arrow", bytes(damaged))
+    with pytest.raises(StorageError, match="damaged"):
+        read_manifest(storage)
+    assert not list((tmp_path / "temporary").rglob("*-*/*-*"))
+
+
+def test_a_label_needs_nothing_but_pyarrow(folder, storage):
+    table = pa.ipc.open_file(storage.get("shard-00000.arrow")).read_all()
+    height, width = table["height"][0].as_py(), table["width"][0].as_py()
+    plane = pa.decompress(table["label"][0].as_buffer(), height * width, codec="lz4")
+    expected = decode_image(folder / "labels/frame000.png")[0].numpy()
+    assert np.array_equal(np.frombuffer(plane, np.uint8).reshape(height, width), expected)
+
+
+def test_the_lines_in_the_readme_read_a_data_set(folder, write_dataset, tmp_path, monkeypatch):
+    write_dataset(folder, open_storage(str(tmp_path / "shards/day"), StorageConfig()))
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = (part for part in re.findall(r"```python\n(.*?)```", readme, re.S) if "ipc" in part)
+    assert len(ast.parse(block).body) == 3
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(block, found)
+    assert found["manifest"].num_rows == 12
+    assert found["shard"]["image"][0].as_py() == (folder / "images/frame000.jpg").read_bytes()

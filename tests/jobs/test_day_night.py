@@ -10,17 +10,16 @@ import torch
 from torchvision.io import write_jpeg
 
 from cluster.config import TrainConfig
+from cluster.data import DataConfig
 from cluster.ingest import IngestConfig, ingest
-from cluster.loader import DataConfig, TrainLoader
+from cluster.loader import TrainLoader
 from cluster.storage import StorageConfig
 from sepico.config import ContrastConfig, ModelConfig, TeacherConfig
 from sepico.contrast import PixelContrast
 from sepico.network import build_segmentor
 from sepico.step import AdaptationStep, StepBatch
 from sepico.teacher import Teacher, class_weights
-from tests.jobs.test_train import TINY, joined, metrics, run_job
-
-__all__ = ["joined"]  # a fixture
+from tests.jobs.training import TINY, metrics, run_job
 
 STEPS = 3
 

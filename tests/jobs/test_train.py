@@ -31,6 +31,15 @@ def test_a_run_leaves_config_metrics_events_checkpoints_and_panels(trained):
     assert not list(run.rglob("*.tmp*"))
 
 
+def test_what_reading_cost_is_in_the_metrics(trained):
+    run, _ = trained
+    lines = [line for line in metrics(run) if "source_ce" in line]
+    assert lines[0]["data_bytes_per_second"] > 0 and lines[0]["data_requests_per_second"] > 0
+    for line in lines:
+        assert line["data_retries"] == 0 and line["data_cache_hit_share"] == 0
+        assert 0 <= line["data_wait_share"] <= 1 and 0 <= line["data_queue_depth"] <= 4
+
+
 def test_contrast_starts_at_its_iteration(trained):
     steps = [line["step"] for line in metrics(trained[0]) if "source_contrast" in line]
     assert steps == list(range(2, STEPS))

@@ -1,0 +1,167 @@
+"""Work that runs ahead of its consumer: bytes fetched by many requests, decoding in threads.
+
+Two windows lie before the consumer. The wide one holds bytes, asked for or there, up to a budget:
+it hides the store's latency. The narrow one holds decoded results, which are ten times as large.
+Both move only when the consumer takes a result, and results come strictly in order. Threads, not
+processes, decode: torch and the store's client release the GIL, so no sample is copied between
+processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Generic, TypeVar
+
+import pyarrow as pa
+
+from cluster.reader import ShardReader
+
+# Threads that wait for object storage: enough to hide its latency, and they cost no CPU.
+REQUESTS_IN_FLIGHT = 32
+# The wide window, in encoded bytes and in samples; it is filled again when it is half empty.
+BUDGET_BYTES = 16 << 20
+WINDOW = 256
+# Work taken from the sequence at a time: what lies side by side in it is read by one request.
+MERGE_WINDOW = 64
+MERGE_BYTES = 2 << 20
+MERGE_GAP = 64 << 10
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Work(Generic[T]):
+    """Samples to read, and what makes a result of their bytes, in the same order."""
+
+    reads: list[tuple[ShardReader, int]]
+    prepare: Callable[..., T]
+
+
+@dataclass
+class _Pending(Generic[T]):
+    work: Work[T]
+    nbytes: int
+    payloads: list[tuple[Future[list[pa.Buffer]], int]]  # request, place in its answer
+
+    def run(self) -> T:
+        return self.work.prepare(*(request.result()[place] for request, place in self.payloads))
+
+
+class Prefetcher(Iterator[T]):
+    """The results of a sequence of work, in order, up to `ahead` of them prepared in advance."""
+
+    def __init__(self, works: Iterable[Work[T]], *, threads: int, ahead: int) -> None:
+        self._works = iter(works)
+        self._ahead = ahead
+        self._fetchers = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="fetch")
+        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._requests: deque[Future] = deque()
+        self._fetching: deque[_Pending[T]] = deque()
+        self._decoding: deque[tuple[int, Future[T]]] = deque()
+        self._nbytes = 0
+        self.wait_seconds = 0.0
+
+    @property
+    def ready(self) -> int:
+        """Results that are there already."""
+        return sum(future.done() for _, future in self._decoding)
+
+    def __next__(self) -> T:
+        self._fill()
+        if not self._decoding:
+            raise StopIteration
+        nbytes, future = self._decoding.popleft()
+        begin = time.perf_counter()
+        result = future.result()
+        self.wait_seconds += time.perf_counter() - begin
+        self._nbytes -= nbytes
+        return result
+
+    def close(self) -> None:
+        """Drop what was prepared ahead; returns when no thread is left."""
+        for pool in (self._decoders, self._fetchers):
+            pool.shutdown(wait=False, cancel_futures=True)
+        # A decoder may wait for a request that was just cancelled: that ends it too.
+        for pool in (self._decoders, self._fetchers):
+            pool.shutdown(wait=True)
+        self._fetching.clear()
+        self._decoding.clear()
+
+    def _fill(self) -> None:
+        if self._fullness() <= 0.5:
+            while self._fullness() < 1 and self._requests_in_flight() < REQUESTS_IN_FLIGHT:
+                works = self._take()
+                if not works:
+                    break
+                self._fetching.extend(self._request(works))
+        while self._fetching and len(self._decoding) < self._ahead:
+            pending = self._fetching.popleft()
+            self._decoding.append((pending.nbytes, self._decoders.submit(pending.run)))
+
+    def _fullness(self) -> float:
+        return max(self._nbytes / BUDGET_BYTES, len(self._fetching) / WINDOW)
+
+    def _requests_in_flight(self) -> int:
+        while self._requests and self._requests[0].done():
+            self._requests.popleft()
+        return len(self._requests)
+
+    def _take(self) -> list[Work[T]]:
+        """The next work, as much as is looked at together."""
+        works = []
+        for work in islice(self._works, MERGE_WINDOW):
+            works.append(work)
+            self._nbytes += _nbytes(work)
+            if self._nbytes >= BUDGET_BYTES:
+                break
+        return works
+
+    def _request(self, works: list[Work[T]]) -> list[_Pending[T]]:
+        payloads = {}
+        for reader, indices in merge_neighbours(read for work in works for read in work.reads):
+            request = self._fetchers.submit(reader.fetch, indices)
+            self._requests.append(request)
+            payloads |= {(reader, i): (request, place) for place, i in enumerate(indices)}
+        return [_Pending(w, _nbytes(w), [payloads[read] for read in w.reads]) for w in works]
+
+
+def merge_neighbours(
+    reads: Iterable[tuple[ShardReader, int]],
+) -> list[tuple[ShardReader, list[int]]]:
+    """Group reads that one request serves: neighbours in a shard, each once, sorted by place.
+
+    The groups come in the order in which their first sample is wanted.
+    """
+    wanted: dict[tuple[ShardReader, int], int] = {}
+    for turn, read in enumerate(reads):
+        wanted.setdefault(read, turn)
+    groups: list[tuple[ShardReader, list[int]]] = []
+
+    def place(read: tuple[ShardReader, int]) -> tuple[int, int, int]:
+        reader, index = read
+        return id(reader), reader.manifest.shard[index], reader.manifest.offsets[index]
+
+    for reader, index in sorted(wanted, key=place):
+        if groups and groups[-1][0] is reader and _joins(reader, groups[-1][1], index):
+            groups[-1][1].append(index)
+        else:
+            groups.append((reader, [index]))
+    return sorted(groups, key=lambda group: min(wanted[group[0], i] for i in group[1]))
+
+
+def _joins(reader: ShardReader, group: list[int], index: int) -> bool:
+    manifest = reader.manifest
+    if manifest.shard[index] != manifest.shard[group[-1]]:
+        return False
+    end = manifest.offsets[index] + manifest.lengths[index]
+    gap = manifest.offsets[index] - manifest.offsets[group[-1]] - manifest.lengths[group[-1]]
+    return gap <= MERGE_GAP and end - manifest.offsets[group[0]] <= MERGE_BYTES
+
+
+def _nbytes(work: Work) -> int:
+    return sum(int(reader.manifest.lengths[index]) for reader, index in work.reads)

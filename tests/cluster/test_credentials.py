@@ -1,0 +1,159 @@
+"""Every provider's chain of credentials is followed, and where it ends is one line with the fix."""
+
+import base64
+import shutil
+import ssl
+import subprocess
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from cluster.storage import StorageConfig, StorageError, open_storage, pyarrow_filesystem
+from tests.cluster.object_server import ObjectServer, serving
+from tests.s3_server import ACCESS_KEY, SECRET_KEY
+
+
+@pytest.fixture
+def no_keys(monkeypatch, unused_port):
+    """No credentials in the environment, and no cloud machine that would give any."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", "/nowhere")
+    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{unused_port}")
+    monkeypatch.setenv("AZURE_MSI_ENDPOINT", f"http://127.0.0.1:{unused_port}")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+
+
+def works(url, config):
+    storage = open_storage(url, config)
+    storage.check()
+    storage.put("object", b"1")
+    return storage.get("object") == b"1"
+
+
+def refusals(url, config=None):
+    """The one line of a check, and of a first request."""
+    for use in (lambda storage: storage.check(), lambda storage: storage.get("object")):
+        with pytest.raises(StorageError) as caught:
+            use(open_storage(url, config or StorageConfig()))
+        assert "\n" not in str(caught.value)
+        yield str(caught.value)
+
+
+def test_a_profile(s3, no_keys, monkeypatch, tmp_path):
+    (tmp_path / "credentials").write_text(
+        f"[other]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"
+    )
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    url, config = s3.make_bucket("profile"), StorageConfig(endpoint=s3.endpoint)
+    assert "no AWS credentials" in next(refusals(url, config))
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    assert works(url, config)
+
+
+class _TokenService(BaseHTTPRequestHandler):
+    """Changes a web identity's token into the keys of the test server."""
+
+    def do_POST(self):
+        form = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        assert "Action=AssumeRoleWithWebIdentity" in form and "WebIdentityToken=my-token" in form
+        body = (
+            "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>"
+            f"<AccessKeyId>{ACCESS_KEY}</AccessKeyId><SecretAccessKey>{SECRET_KEY}"
+            "</SecretAccessKey><SessionToken></SessionToken>"
+            "<Expiration>2099-01-01T00:00:00Z</Expiration></Credentials>"
+            "</AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_web_identity(s3, no_keys, monkeypatch, tmp_path):
+    (tmp_path / "token").write_text("my-token")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/reader")
+    with serving(HTTPServer(("127.0.0.1", 0), _TokenService)) as service:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{service.server_port}")
+        url = s3.make_bucket("web-identity")
+        assert works(url, StorageConfig(endpoint=s3.endpoint))
+
+
+def test_an_azure_account_key(no_keys, monkeypatch):
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", base64.b64encode(b"secret").decode())
+    with serving(ObjectServer()) as server:
+        assert works("az://container/a", StorageConfig(server.url))
+        assert all(sent.startswith("SharedKey account:") for _, _, sent in server.requests)
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+def test_a_public_bucket_is_read_without_a_signature(no_keys, scheme):
+    with serving(ObjectServer()) as server:
+        server.objects["bucket/a/object"] = b"1"
+        storage = open_storage(f"{scheme}://bucket/a", StorageConfig(server.url, anonymous=True))
+        storage.check()
+        assert storage.list() == ["object"] and storage.get("object") == b"1"
+        assert {sent for _, _, sent in server.requests} == {None}
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://bucket/a", "no AWS credentials: set AWS_ACCESS_KEY_ID and"),
+        ("gs://bucket/a", "no Google credentials: set GOOGLE_APPLICATION_CREDENTIALS"),
+        ("az://bucket/a", "no Azure credentials: set AZURE_STORAGE_ACCOUNT_KEY"),
+    ],
+)
+def test_missing_credentials_are_said_with_the_fix(no_keys, url, message):
+    for refusal in refusals(url):
+        assert message in refusal and url in refusal
+
+
+def test_a_missing_azure_account_is_said(no_keys, monkeypatch):
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
+    for refusal in refusals("az://container/a"):
+        assert "no storage account: set AZURE_STORAGE_ACCOUNT_NAME" in refusal
+
+
+def test_credentials_that_cannot_be_read_are_not_repeated(no_keys, monkeypatch):
+    for name in ("AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY"):
+        monkeypatch.setenv(name, "a broken secret")
+    for url in ("az://container/a", "gs://bucket/a"):
+        for refusal in refusals(url):
+            assert "broken" not in refusal and "secret" not in refusal
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+@pytest.mark.parametrize("variable", [True, False])
+def test_an_authority_of_one_s_own(monkeypatch, tmp_path, variable):
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key,
+            "-out", certificate, "-days", "2", "-subj", "/CN=test",
+            "-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE",
+        ],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = ObjectServer()
+    # A handshake in `accept` would let one silent client keep out all the others.
+    server.socket = context.wrap_socket(
+        server.socket, server_side=True, do_handshake_on_connect=False
+    )
+    with serving(server):
+        endpoint = f"https://127.0.0.1:{server.server_port}"
+        assert "check --storage.endpoint" in next(refusals("s3://bucket", StorageConfig(endpoint)))
+        if variable:
+            monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        config = StorageConfig(endpoint, ca_bundle=None if variable else str(certificate))
+        assert works("s3://bucket/a", config)
+        filesystem, path = pyarrow_filesystem("s3://bucket/a", config)
+        with filesystem.open_input_stream(f"{path}/object") as stream:
+            assert stream.read() == b"1"

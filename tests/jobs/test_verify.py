@@ -1,0 +1,83 @@
+"""`python -m jobs.ingest verify` names every sample that is not what was written."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.ingest import IngestConfig, ingest
+from cluster.storage import StorageConfig, open_storage
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def user_verifies(address, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.ingest", "verify", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, "RAY_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def data_set(ray_cluster, folder, tmp_path):
+    """Storage and manifest of 12 samples in several shards."""
+    manifest = ingest(IngestConfig(root=str(folder), to=str(tmp_path), shard_bytes=8000))
+    assert 2 < len(manifest.shards) < 12
+    return open_storage(str(tmp_path), StorageConfig()), manifest
+
+
+def damage(storage, name, place):
+    data = bytearray(storage.get(name))
+    data[place] ^= 1
+    storage.put(name, bytes(data))
+
+
+def test_an_intact_data_set_in_a_bucket(ray_cluster, folder, s3):
+    config = StorageConfig(endpoint=s3.endpoint)
+    url = f"{s3.make_bucket('verify')}/day"
+    made = ingest(IngestConfig(root=str(folder), to=url, shard_bytes=8000, storage=config))
+    done = user_verifies(ray_cluster, url, "--storage.endpoint", s3.endpoint)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"12 images in {len(made.shards)} shards of {url} are intact\n"
+    assert re.search(r"verify: 100% 12/12 .*(image/s|s/image)", done.stderr)
+
+
+def test_every_damaged_sample_is_reported_by_its_key(ray_cluster, data_set):
+    storage, manifest = data_set
+    flipped, missing, truncated = manifest.shards[0], manifest.shards[1], manifest.shards[-1]
+    damage(storage, flipped.name, int(manifest.offsets[0]) + 300)
+    storage.delete(missing.name)
+    storage.put(truncated.name, storage.get(truncated.name)[: int(manifest.offsets[11]) + 9])
+    done = user_verifies(ray_cluster, storage.url)
+    assert done.returncode == 1
+    reports = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    lost = [manifest.keys[i] for i in range(12) if manifest.shard[i] == 1]
+    assert list(reports) == ["frame000", *lost, "frame011"]
+    assert re.fullmatch(rf"{flipped.name}: bytes \d+\+\d+ fail their checksum", reports["frame000"])
+    assert reports[lost[0]].endswith(f"{missing.name}: no such object")
+    assert reports["frame011"].startswith(f"{truncated.name} ends before byte")
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {2 + len(lost)} damaged of 12 images in {len(manifest.shards)} shards of "
+        f"{storage.url}: ingest it again"
+    )
+
+
+def test_damage_outside_the_samples_is_reported_by_the_shard(ray_cluster, data_set):
+    storage, manifest = data_set
+    damage(storage, manifest.shards[1].name, 3)
+    done = user_verifies(ray_cluster, storage.url)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"{manifest.shards[1].name}: its bytes outside the samples")
+
+
+def test_nothing_to_verify_is_one_line_before_work_starts(tmp_path):
+    done = user_verifies("unused", tmp_path / "nothing")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: no manifest at file://.*\n", done.stderr)
