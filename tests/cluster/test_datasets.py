@@ -175,7 +175,7 @@ def rows_of(sources, taxonomy=CITYSCAPES_19, size=None):
     for row in rows:
         if row["label"] is not None:
             shape = row["height"], row["width"]
-            plane = pa.decompress(row["label"], shape[0] * shape[1], codec="zstd")
+            plane = pa.decompress(row["label"], shape[0] * shape[1], codec="lz4")
             row["label"] = np.frombuffer(plane, np.uint8).reshape(shape)
     return rows
 
