@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from PIL import Image
 
 from cluster.datasets import find_sources, read_taxonomy
@@ -402,4 +401,4 @@ def test_dark_zurich_is_ingested_with_its_references(ray_cluster, tmp_path):
         for row in pa.ipc.open_file(path.read_bytes()).read_all().to_pylist():
             found[row["key"]] = row["reference"]
     assert found == {key: path.read_bytes() for key, path in expected.items()}
-    assert torch.equal(torch.from_numpy(manifest.pixel_counts), torch.zeros(2, 19).long())
+    assert manifest.pixel_counts.shape == (2, 19) and not manifest.pixel_counts.any()
