@@ -67,10 +67,16 @@ def rare_class_crop(
 def maybe_flip(
     generator: Generator, probability: float, *planes: torch.Tensor | None
 ) -> list[torch.Tensor | None]:
-    """Mirror all of the (..., H, W) `planes` left to right, or none."""
-    if generator.random() >= probability:
-        return list(planes)
-    return [None if plane is None else plane.flip(-1) for plane in planes]
+    """Mirror all of the (..., H, W) uint8 `planes` left to right, or none; contiguous."""
+    step = -1 if generator.random() < probability else 1
+    # One copy mirrors and makes planes of the decoder's interleaved pixels: numpy's takes half the
+    # time of torch's.
+    return [
+        None
+        if plane is None
+        else torch.from_numpy(np.ascontiguousarray(plane.numpy()[..., ::step]))
+        for plane in planes
+    ]
 
 
 def _random_box(

@@ -102,7 +102,11 @@ class ShardReader:
         label, reference = None, None
         if batch["label"][0].is_valid:
             compressed = batch["label"][0].as_buffer()
-            plane = pa.decompress(compressed, size[0] * size[1], codec=LABEL_CODEC)
+            # Arrow's own pool returns each plane to the kernel: that costs more than decompressing.
+            pool = pa.system_memory_pool()
+            plane = pa.decompress(
+                compressed, size[0] * size[1], codec=LABEL_CODEC, memory_pool=pool
+            )
             label = torch.frombuffer(plane, dtype=torch.uint8).view(size)
         if self._references:
             if not batch["reference"][0].is_valid:

@@ -191,7 +191,7 @@ class _Trainer:
         metrics["learning_rate"] = learning_rate(step, self.config.optimization)
         rate = timer.steps_per_second(step + 1)
         metrics["images_per_second"] = rate * self.config.optimization.global_batch
-        reading = torch.tensor(self.loader.metrics.take(), dtype=torch.float64)
+        reading = torch.tensor(self.loader.metrics.take(), dtype=torch.float64).to(self.device)
         dist.all_reduce(reading)
         metrics |= summarize(reading.tolist())
         if self.log:

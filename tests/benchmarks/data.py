@@ -45,11 +45,9 @@ def make_images() -> list[tuple[bytes, np.ndarray]]:
         smooth = torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH), mode="bicubic")[0]
         grain = torch.from_numpy(rng.normal(0, 6.5, (1, HEIGHT, WIDTH))).float()
         jpeg = encode_jpeg((smooth + grain).clamp(0, 255).byte(), 90)
-        regions = rng.integers(0, 19, (1, 1, 12, 24))
-        field = torch.nn.functional.interpolate(
-            torch.from_numpy(regions).float(), (HEIGHT, WIDTH), mode="bilinear"
-        )
-        images.append((jpeg.numpy().tobytes(), field[0, 0].round().byte().numpy()))
+        scores = torch.from_numpy(rng.normal(size=(1, 19, 12, 24))).float()
+        label = torch.nn.functional.interpolate(scores, (HEIGHT, WIDTH), mode="bilinear").argmax(1)
+        images.append((jpeg.numpy().tobytes(), label[0].byte().numpy()))
     return images
 
 

@@ -30,7 +30,7 @@ from cluster.storage import StorageConfig, open_storage
 from sepico.taxonomies import CITYSCAPES_19
 
 SHARD_BYTES = 64 << 20
-AHEAD = 16
+AHEAD = 8
 Samples = list[tuple[str, bytes, np.ndarray]]
 
 

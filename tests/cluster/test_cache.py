@@ -124,14 +124,29 @@ def test_a_truncated_cached_shard_is_read_from_the_store(worker, tmp_path, lengt
 def test_the_least_recently_read_shard_makes_room(worker, tmp_path):
     sizes = [shard.size for shard in worker().manifest.shards]
     one = worker(limit=sizes[0] + sizes[1] + sizes[2] - 1)
+    paths = []
+    for index, age in ((0, 1000), (5, 500)):
+        one.read(index)
+        one.finish_downloads()
+        paths.append(make_idle(tmp_path, age))
+    one.read(0)  # now the other one is the least recently read
+    one.read(10)
+    one.finish_downloads()
+    assert len(files(tmp_path)) == 2 and paths[0].exists() and not paths[1].exists()
+    assert one.read(0)[1] == 1 and one.read(10)[1] == 1 and one.read(5)[1] == 0
+
+
+def test_of_idle_shards_the_older_one_makes_room(worker, tmp_path):
+    sizes = [shard.size for shard in worker().manifest.shards]
+    one = worker(limit=sizes[0] + sizes[1] + sizes[2] - 1)
+    paths = []
     for index, age in ((0, 500), (5, 1000)):
         one.read(index)
         one.finish_downloads()
-        oldest = make_idle(tmp_path, age)
+        paths.append(make_idle(tmp_path, age))
     one.read(10)
     one.finish_downloads()
-    assert len(files(tmp_path)) == 2 and not oldest.exists()
-    assert one.read(0)[1] == 1 and one.read(10)[1] == 1 and one.read(5)[1] == 0
+    assert paths[0].exists() and not paths[1].exists()
 
 
 def test_shards_in_use_stay_and_the_limit_holds(worker, tmp_path):
