@@ -21,12 +21,19 @@ from cluster.storage import StorageError
 def map_node_file(name: str, version: str, write: Callable[[Path], None]) -> pa.Buffer:
     """The read-only bytes of the file that `write` makes, unless this node has this version.
 
-    Raises what `write` raises, and StorageError where the folder belongs to another user.
+    Raises what `write` raises, and StorageError where the temporary folder cannot be used.
     """
     folder = Path(tempfile.gettempdir(), f"sepico-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise StorageError(f"{folder} belongs to another user: remove it or set TMPDIR")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise StorageError(f"{folder} belongs to another user: remove it or set TMPDIR")
+        return _map(folder, name, version, write)
+    except OSError as error:
+        raise StorageError(f"{folder}: {error.strerror}: make room or set TMPDIR") from None
+
+
+def _map(folder: Path, name: str, version: str, write: Callable[[Path], None]) -> pa.Buffer:
     prefix, suffix = (xxhash.xxh3_64_hexdigest(text.encode()) for text in (name, version))
     path = folder / f"{prefix}-{suffix}"
     with (folder / f"{prefix}.lock").open("w") as lock:

@@ -105,15 +105,13 @@ class _Trainer:
             start_step=self.start,
             references=config.teacher.day_night,
         )
-        pixel_counts = self.loader.source.pixel_counts.sum(axis=0, dtype="int64")
+        pixel_counts = torch.from_numpy(self.loader.source.pixel_counts.sum(axis=0))
         self.step = AdaptationStep(
             config,
             network.normalize,
             self.teacher,
             self.contrast,
-            class_weights(torch.from_numpy(pixel_counts), config.teacher.class_weight_std).to(
-                device
-            ),
+            class_weights(pixel_counts, config.teacher.class_weight_std).to(device),
         )
         self.log = RunLog(run, self.start) if self.rank == 0 else None
         self.preemption: ray.train.PreemptionInfo | None = None

@@ -96,9 +96,10 @@ def class_weights(pixel_counts: Tensor, std: float) -> Tensor:
     2021). A class that does not occur gets 1.
     """
     weights = torch.ones(len(pixel_counts), dtype=torch.float64)
+    pixel_counts = pixel_counts.double()  # they may be unsigned, which compares with nothing
     occurs = pixel_counts > 0
     # Counts serve as well as frequencies: their sum cancels.
-    log = pixel_counts[occurs].double().log()
+    log = pixel_counts[occurs].log()
     # Classes of one frequency have no spread to divide by: each gets 1.
     weights[occurs] += std * ((log.mean() - log) / log.std()).nan_to_num(0.0)
     return weights.float()

@@ -4,6 +4,7 @@ No such server fits into a test, so this one stands in: it shows what is sent wh
 real ones do with it.
 """
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         if self.command == "PUT":
             self._put(path, body)
+        elif self.command == "POST":
+            self._batch(body.decode())
         elif self.command == "DELETE":
             self._answer(202 if self.server.objects.pop(path, None) is not None else 404)
         elif "/" not in path:
@@ -66,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(404)
 
-    do_GET = do_HEAD = do_PUT = do_DELETE = _serve
+    do_GET = do_HEAD = do_PUT = do_DELETE = do_POST = _serve
 
     def _put(self, path: str, body: bytes) -> None:
         for header, (value, refusal) in CREATE_ONLY.items():
@@ -85,6 +88,20 @@ class _Handler(BaseHTTPRequestHandler):
         part = content[begin : end + 1]
         place = f"bytes {begin}-{begin + len(part) - 1}/{len(content)}"
         self._answer(206, part, {"Content-Range": place})
+
+    def _batch(self, body: str) -> None:
+        """Azure deletes by a request that holds requests."""
+        parts = ""
+        for number, line in enumerate(re.findall(r"DELETE (\S+) HTTP", body)):
+            path = unquote(urlsplit(line).path).strip("/")
+            gone = self.server.objects.pop(path, None) is None
+            status = "404 The specified blob does not exist." if gone else "202 Accepted"
+            parts += (
+                f"--batch\r\nContent-Type: application/http\r\nContent-ID: {number}\r\n\r\n"
+                f"HTTP/1.1 {status}\r\nx-ms-error-code: BlobNotFound\r\n\r\n\r\n"
+            )
+        kind = {"Content-Type": "multipart/mixed; boundary=batch"}
+        self._answer(202, f"{parts}--batch--\r\n".encode(), kind)
 
     def _list(self, bucket: str, prefix: str) -> None:
         google, azure = "", ""

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from PIL import Image
 
 from cluster.datasets import find_sources, read_taxonomy
@@ -175,7 +174,7 @@ def rows_of(sources, taxonomy=CITYSCAPES_19, size=None):
     for row in rows:
         if row["label"] is not None:
             shape = row["height"], row["width"]
-            plane = pa.decompress(row["label"], shape[0] * shape[1], codec="zstd")
+            plane = pa.decompress(row["label"], shape[0] * shape[1], codec="lz4")
             row["label"] = np.frombuffer(plane, np.uint8).reshape(shape)
     return rows
 
@@ -416,4 +415,4 @@ def test_dark_zurich_is_ingested_with_its_references(ray_cluster, tmp_path):
         for row in pa.ipc.open_file(path.read_bytes()).read_all().to_pylist():
             found[row["key"]] = row["reference"]
     assert found == {key: path.read_bytes() for key, path in expected.items()}
-    assert torch.equal(torch.from_numpy(manifest.pixel_counts), torch.zeros(2, 19).long())
+    assert manifest.pixel_counts.shape == (2, 19) and not manifest.pixel_counts.any()

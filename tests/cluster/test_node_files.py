@@ -1,5 +1,7 @@
 """A node has a file once, whole, and of the newest version."""
 
+import errno
+import fcntl
 import os
 import tempfile
 import threading
@@ -7,6 +9,7 @@ import threading
 import pytest
 
 from cluster.node_files import map_node_file
+from cluster.storage import StorageError
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +29,9 @@ def test_all_who_ask_at_once_share_one_file(temporary):
 
     def write(path):
         written.append(path)
+        (lock,) = path.parent.glob("*.lock")
+        with lock.open("w") as another, pytest.raises(BlockingIOError):  # whoever asks now waits
+            fcntl.flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.write_bytes(bytes(range(200)) * 50)
 
     def ask():
@@ -72,3 +78,11 @@ def test_the_files_are_the_user_s_own(temporary):
     map_node_file("name", "1", lambda path: path.write_bytes(b"1"))
     (folder,) = temporary.iterdir()
     assert folder.stat().st_mode & 0o077 == 0 and folder.name == f"sepico-{os.getuid()}"
+
+
+def test_a_full_disk_is_one_line(temporary):
+    def fails(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StorageError, match="No space left on device: make room or set TMPDIR"):
+        map_node_file("name", "1", fails)
