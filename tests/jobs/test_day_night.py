@@ -14,7 +14,7 @@ from cluster.data import DataConfig
 from cluster.ingest import IngestConfig, ingest
 from cluster.loader import TrainLoader
 from cluster.storage import StorageConfig
-from sepico.config import ContrastConfig, ModelConfig, TeacherConfig
+from sepico.config import ContrastConfig, ModelConfig, OptimizationConfig, TeacherConfig
 from sepico.contrast import PixelContrast
 from sepico.network import build_segmentor
 from sepico.step import AdaptationStep, StepBatch
@@ -70,6 +70,7 @@ def first_step(run: Path, *, day_night: bool) -> dict[str, float]:
         contrast=ContrastConfig(**wanted["contrast"]),
         teacher=replace(TeacherConfig(**wanted["teacher"]), day_night=day_night),
         data=DataConfig(**wanted["data"]),
+        optimization=OptimizationConfig(**wanted["optimization"]),
     )
     torch.manual_seed(wanted["seed"])
     network = build_segmentor(config.model)
