@@ -108,20 +108,20 @@ def adopt_process_group() -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep the blocks that a step frees: it would hand them back to the kernel and fault
     them in again in the next step, 8 % of a step on CPU. Other C libraries are left alone."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        mallopt(mmap_threshold, 32 * 1024**2)  # the largest that glibc takes
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX
         mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)  # large blocks come from the heap too, where they can stay
 
 
 def set_up_process(cpus: int) -> torch.device:
     """Threads, allocator and process group of a worker of Ray Train; returns its device."""
     torch.set_num_threads(cpus)
-    _keep_freed_memory()
+    keep_freed_memory()
     adopt_process_group()
     return ray.train.torch.get_device()
 
@@ -146,7 +146,7 @@ class Engine:
         self.projection_start = projection_start
         self.gradient_norm = math.nan  # of the latest step, over all parameters and ranks
         groups = parameter_groups(network, optimization)
-        optimizer = PausableAdamW(groups, lr=optimization.lr, betas=optimization.betas)
+        optimizer = PausableAdamW(groups, lr=optimization.lr, betas=optimization.betas, fused=True)
         self.module, _, _, _ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,

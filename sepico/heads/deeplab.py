@@ -33,7 +33,8 @@ class DeepLabV2Head(nn.Module):
         kernels = torch.stack([branch.weight for branch in self.branches]).flip(-2, -1)
         taps = kernels.permute(0, 1, 3, 4, 2).flatten(0, 3) @ feature.flatten(2)
         logits = sum(branch.bias for branch in self.branches).view(1, -1, 1, 1)
-        of_branches = taps.float().chunk(len(self.branches), 1)
+        # Under autocast the taps are of low precision, their sum is not.
+        of_branches = taps.to(logits.dtype).chunk(len(self.branches), 1)
         for branch, of_branch in zip(self.branches, of_branches, strict=True):
             logits = logits + F.fold(
                 of_branch, size, 3, dilation=branch.dilation, padding=branch.padding

@@ -66,7 +66,7 @@ def _grid(phases: Tensor, d: int, size: torch.Size) -> Tensor:
     rows, columns = phases.shape[-2:]
     y = torch.arange(height, device=phases.device)[:, None]
     x = torch.arange(width, device=phases.device)
-    # Where pixel (y, x) of an image lies: phase (y % d, x % d), pixel (y / d, x / d) of it.
+    # Pixel (y, x) of the grid is pixel (y / d, x / d) of phase (y % d, x % d).
     index = ((y % d * d + x % d) * rows + y // d) * columns + x // d
     pixels = phases.permute(0, 2, 3, 1).reshape(batch, -1, channels)
     pixels = pixels.index_select(1, index.flatten())

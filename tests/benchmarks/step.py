@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from cluster.config import TrainConfig
-from cluster.engine import PausableAdamW, _keep_freed_memory, parameter_groups
+from cluster.engine import PausableAdamW, keep_freed_memory, parameter_groups
 from jobs.command_line import parse
 from sepico.contrast import PixelContrast
 from sepico.network import build_segmentor
@@ -98,7 +98,7 @@ class Training:
             config, self.student.normalize, self.teacher, PixelContrast(config)
         )
         groups = parameter_groups(self.student, config.optimization)
-        self.optimizer = PausableAdamW(groups, lr=1e-6)
+        self.optimizer = PausableAdamW(groups, lr=1e-6, fused=True)
         self.batch = batch()
 
     def step(self) -> None:
@@ -148,7 +148,7 @@ def cpu_seconds(run) -> float:
 
 def measure_time(network: str, precision: str, repeats: int, queue) -> None:
     torch.set_num_threads(1)
-    _keep_freed_memory()
+    keep_freed_memory()
     training = Training(network, precision)
     training.step()  # what is made once: the optimiser's state, kernels
     steps, encoders = [], []
@@ -162,7 +162,7 @@ def measure_time(network: str, precision: str, repeats: int, queue) -> None:
 
 def measure_memory(network: str, precision: str, repeats: int, queue) -> None:
     torch.set_num_threads(1)
-    _keep_freed_memory()
+    keep_freed_memory()
     before = peak_gib()
     training = Training(network, precision)
     for _ in range(3):

@@ -1,0 +1,40 @@
+"""The heads' faster formulations against the convolutions they stand for."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sepico.heads.deeplab import DeepLabV2Head
+from sepico.heads.layers import DilatedDepthwiseConv
+
+
+def assert_equal_with_gradients(ours, theirs, leaves):
+    """Both outputs, and the gradients that a random cotangent gives the leaves."""
+    assert torch.allclose(ours, theirs)
+    cotangent = torch.randn_like(ours)
+    pairs = zip(
+        torch.autograd.grad(ours, leaves, cotangent),
+        torch.autograd.grad(theirs, leaves, cotangent),
+        strict=True,
+    )
+    assert all(torch.allclose(mine, other) for mine, other in pairs)
+
+
+@pytest.mark.parametrize(("dilation", "size"), [(2, (6, 8)), (3, (7, 11)), (6, (5, 9))])
+def test_a_dilated_depthwise_convolution_by_phases_is_the_dilated_one(dilation, size):
+    torch.manual_seed(0)
+    layer = DilatedDepthwiseConv(4, dilation).double()
+    x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
+    plain = F.conv2d(x, layer.weight, padding=dilation, dilation=dilation, groups=4)
+    assert_equal_with_gradients(layer(x), plain, [x, layer.weight])
+
+
+@pytest.mark.parametrize("size", [(5, 7), (9, 4)])
+def test_the_deeplab_head_is_the_sum_of_its_dilated_convolutions(size):
+    torch.manual_seed(0)
+    head = DeepLabV2Head(6, 3, (1, 2, 6)).double()
+    for branch in head.branches:
+        torch.nn.init.normal_(branch.bias)
+    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    plain = sum(branch(x) for branch in head.branches)
+    assert_equal_with_gradients(head([x]), plain, [x, *head.parameters()])
