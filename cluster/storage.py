@@ -10,6 +10,7 @@ neither stored in a configuration nor pickled.
 from __future__ import annotations
 
 import os
+import re
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import boto3
 import botocore.config
@@ -140,6 +141,26 @@ class Storage:
         """Remove an object; one that is not there is no error."""
         with self._errors_name(key), suppress(FileNotFoundError):
             obstore.delete(self._store, key)
+
+    def delete_unfinished(self) -> None:
+        """Remove what killed writers left: parts of objects, which `list` never shows.
+
+        For a place that nobody writes to meanwhile. In a bucket that lets us neither list nor
+        abort uploads they stay, for its lifecycle rules.
+        """
+        if self._scheme == "file":
+            for path in Path(self._path).rglob("*#*"):
+                if re.fullmatch(r".+#\d+", path.name):  # LocalStore writes NAME#1, then renames
+                    path.unlink(missing_ok=True)
+            return
+        client = _s3_client(self._config)
+        where = {"Bucket": self._bucket, "Prefix": f"{self._path}/".lstrip("/")}
+        with suppress(botocore.exceptions.ClientError):
+            for page in client.get_paginator("list_multipart_uploads").paginate(**where):
+                for upload in page.get("Uploads", []):
+                    name = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    client.abort_multipart_upload(Bucket=self._bucket, **name)
+        client.close()
 
     def check(self) -> None:
         """Before work starts: does the store answer, does the bucket exist, are we let in?
@@ -274,19 +295,9 @@ def _s3_store(url: str, bucket: str, prefix: str, config: StorageConfig) -> S3St
     )
 
 
-def _check_folder(url: str, folder: Path) -> None:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir():
-        raise StorageError(f"{url}: {existing} is a file, a folder is needed")
-    if existing != folder and not os.access(existing, os.W_OK):
-        raise StorageError(f"{url}: no such folder, and {existing} may not be written to")
-
-
-def _check_bucket(url: str, bucket: str, config: StorageConfig) -> None:
-    session = boto3.Session()  # a new one: boto3's default session keeps its first credentials
-    if not config.anonymous and session.get_credentials() is None:
-        raise StorageError(f"{url}: no AWS credentials: {CREDENTIALS_FIX}")
-    client = session.client(
+def _s3_client(config: StorageConfig) -> Any:
+    # A new session: boto3's default one keeps its first credentials.
+    return boto3.Session().client(
         "s3",
         endpoint_url=_endpoint(config),
         region_name=_region(config),
@@ -298,6 +309,20 @@ def _check_bucket(url: str, bucket: str, config: StorageConfig) -> None:
             retries={"total_max_attempts": 2},
         ),
     )
+
+
+def _check_folder(url: str, folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise StorageError(f"{url}: {existing} is a file, a folder is needed")
+    if existing != folder and not os.access(existing, os.W_OK):
+        raise StorageError(f"{url}: no such folder, and {existing} may not be written to")
+
+
+def _check_bucket(url: str, bucket: str, config: StorageConfig) -> None:
+    if not config.anonymous and boto3.Session().get_credentials() is None:
+        raise StorageError(f"{url}: no AWS credentials: {CREDENTIALS_FIX}")
+    client = _s3_client(config)
     endpoint = client.meta.endpoint_url
     try:
         client.head_bucket(Bucket=bucket)
