@@ -63,6 +63,8 @@ class TrainConfig(MethodConfig):
         cpus_per_worker: CPU cores and compute threads of a worker; 0 shares the cluster's out.
         placement_timeout: Seconds to wait for a cluster that grows to hold the workers.
         max_failures: Restarts from the last checkpoint after a lost worker.
+        hang_timeout: Seconds without a step (or an image of a validation) after which a worker
+            counts as hanging: all write their stack traces and the group is restarted.
         seed: Seed of data, augmentation and initial weights.
         log_every: Steps between lines of metrics.
         checkpoint_every: Steps between checkpoints.
@@ -78,6 +80,7 @@ class TrainConfig(MethodConfig):
     cpus_per_worker: int = 0
     placement_timeout: int = 0
     max_failures: int = 3
+    hang_timeout: int = 900
     seed: int = 76
     log_every: int = 10
     checkpoint_every: int = 1000
@@ -91,7 +94,8 @@ class TrainConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("workers", "log_every", "checkpoint_every", "keep_last", "panel_every"):
+        positive = "workers hang_timeout log_every checkpoint_every keep_last panel_every"
+        for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.keep_best < 0:

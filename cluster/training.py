@@ -32,8 +32,8 @@ CONFIG = "config.json"
 # What a continued run may change: where and how long it runs, not what it computes.
 _CHANGEABLE = {
     "run", "runs", "workers", "cpus_per_worker", "placement_timeout", "max_failures",
-    "log_every", "checkpoint_every", "keep_last", "keep_best", "panel_every", "storage",
-    "validation", "engine.zero_stage", "engine.offload_optimizer", "engine.deepspeed",
+    "hang_timeout", "log_every", "checkpoint_every", "keep_last", "keep_best", "panel_every",
+    "storage", "validation", "engine.zero_stage", "engine.offload_optimizer", "engine.deepspeed",
 }  # fmt: skip
 
 
