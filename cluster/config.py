@@ -64,7 +64,8 @@ class TrainConfig(MethodConfig):
         placement_timeout: Seconds to wait for a cluster that grows to hold the workers.
         max_failures: Restarts from the last checkpoint after a lost worker.
         hang_timeout: Seconds without a step (or an image of a validation) after which a worker
-            counts as hanging: all write their stack traces and the group is restarted.
+            counts as hanging: it writes its stack traces, and the group is restarted. Ray itself
+            replaces a stopped process after 600, without traces of the others.
         seed: Seed of data, augmentation and initial weights.
         log_every: Steps between lines of metrics.
         checkpoint_every: Steps between checkpoints.
@@ -80,7 +81,7 @@ class TrainConfig(MethodConfig):
     cpus_per_worker: int = 0
     placement_timeout: int = 0
     max_failures: int = 3
-    hang_timeout: int = 900
+    hang_timeout: int = 500
     seed: int = 76
     log_every: int = 10
     checkpoint_every: int = 1000

@@ -11,6 +11,7 @@ import ray
 import ray.train
 from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import TrainConfig
 from cluster.deepspeed_config import deepspeed_config, read_deepspeed
@@ -75,7 +76,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with hold_lease(run) as lease:
         _check_config(run, config)  # once more: another writer may have begun the run since
         run.put(CONFIG, json.dumps(asdict(config), indent=1).encode())
-        progress = ProgressActor.remote()
+        # Beside the driver, so that no lost worker's node takes it along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        progress = ProgressActor.options(scheduling_strategy=here).remote()
         payload = {
             "config": replace(config, cpus_per_worker=cpus),
             "run_url": config.run,
