@@ -50,6 +50,19 @@ class ValidationConfig:
 
 
 @dataclass
+class WorkerRange:
+    """An elastic number of workers: as many as the cluster has room for, also in mid-run.
+
+    Attributes:
+        min: The run waits until there is room for so many.
+        max: It never takes more.
+    """
+
+    min: int
+    max: int
+
+
+@dataclass
 class TrainConfig(MethodConfig):
     """A training run.
 
@@ -59,7 +72,8 @@ class TrainConfig(MethodConfig):
         run: Name (a folder below `runs`) or URL of the run. An existing run is continued. Empty
             makes a name from method and time.
         runs: URL of the folder that holds runs given by name.
-        workers: Ray Train workers; one GPU each where the cluster has GPUs.
+        workers: Ray Train workers; one GPU each where the cluster has GPUs. A number, or an
+            elastic range {min: 2, max: 8}, whose workers may share a global batch unevenly.
         cpus_per_worker: CPU cores and compute threads of a worker; 0 shares the cluster's out.
         placement_timeout: Seconds to wait for a cluster that grows to hold the workers.
         max_failures: Restarts from the last checkpoint after a lost worker.
@@ -77,7 +91,7 @@ class TrainConfig(MethodConfig):
 
     run: str = ""
     runs: str = "runs"
-    workers: int = 1
+    workers: int | WorkerRange = 1
     cpus_per_worker: int = 0
     placement_timeout: int = 0
     max_failures: int = 3
@@ -95,14 +109,29 @@ class TrainConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = "workers hang_timeout log_every checkpoint_every keep_last panel_every"
-        for name in positive.split():
+        if isinstance(self.workers, int):
+            if self.workers < 1:
+                raise ValueError(f"workers is {self.workers}: it must be at least 1")
+            if self.optimization.global_batch % self.workers:
+                raise ValueError(
+                    f"optimization.global_batch {self.optimization.global_batch} is not divisible "
+                    f"by workers {self.workers}: choose a multiple"
+                )
+        elif not 1 <= self.workers.min <= self.workers.max <= self.optimization.global_batch:
+            raise ValueError(
+                f"workers is {self.workers.min} to {self.workers.max}: it must lie within 1 and "
+                f"optimization.global_batch {self.optimization.global_batch}"
+            )
+        positive = ("hang_timeout", "log_every", "checkpoint_every", "keep_last", "panel_every")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.keep_best < 0:
             raise ValueError(f"keep_best is {self.keep_best}: it must not be negative")
-        if self.optimization.global_batch % self.workers:
-            raise ValueError(
-                f"optimization.global_batch {self.optimization.global_batch} is not divisible by "
-                f"workers {self.workers}: choose a multiple"
-            )
+
+    @property
+    def worker_range(self) -> WorkerRange:
+        """The range of `workers`, of one number where it is fixed."""
+        if isinstance(self.workers, int):
+            return WorkerRange(self.workers, self.workers)
+        return self.workers

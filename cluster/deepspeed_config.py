@@ -61,7 +61,9 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
-    return _merge(ours, json.loads(config.deepspeed), "") if config.deepspeed else ours
+    merged = _merge(ours, json.loads(config.deepspeed), "") if config.deepspeed else ours
+    # DeepSpeed never sees the data and wants equal shares, which an elastic group may not have.
+    return merged | {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1}
 
 
 def read_deepspeed(value: str) -> str:

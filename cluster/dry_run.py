@@ -74,10 +74,11 @@ def model_state_bytes(parameters: int, stage: int, workers: int, *, teacher: boo
 
 
 def _print_memory(config: TrainConfig, total: int, adapts: bool) -> None:
-    print(f"model states      per worker of {config.workers}, ZeRO stage: MiB")
+    workers = config.worker_range.min
+    print(f"model states      per worker of {workers}, ZeRO stage: MiB")
     chosen = config.engine.zero_stage
     for stage in (0, 1, 2, 3):
-        size = model_state_bytes(total, stage, config.workers, teacher=adapts) / MIB
+        size = model_state_bytes(total, stage, workers, teacher=adapts) / MIB
         print(f"  {stage}: {size:,.0f}{'  <- engine.zero_stage' if stage == chosen else ''}")
 
 

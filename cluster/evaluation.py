@@ -15,6 +15,7 @@ import torch
 import xxhash
 
 from cluster.checkpoint_format import Checkpoint, list_checkpoints, read_weights
+from cluster.config import WorkerRange
 from cluster.shards import read_manifest
 from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage, read_url
 from cluster.training import connect_ray, launch, load_config, place, run_url
@@ -198,7 +199,7 @@ def evaluate_tasks(
     results = launch(
         "cluster.inference:evaluate_worker",
         {"tasks": tasks, "storage": storage, "cpus": cpus},
-        workers=workers,
+        workers=WorkerRange(workers, workers),
         cpus=cpus,
         storage=storage,
         folder=f"{folder}/evaluation/ray",

@@ -115,11 +115,6 @@ class TrainLoader:
         start_step: int = 0,
         references: bool = False,
     ) -> None:
-        if global_batch % world_size:
-            raise ValueError(
-                f"global_batch {global_batch} must be a multiple of the number of workers "
-                f"{world_size}"
-            )
         self.source, self._source_reader = _open("source", data.source, storage)
         self.target, self._target_reader = _open("target", data.target, storage, references)
         _check(data, self.source, self.target, global_batch)

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +14,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.config import TrainConfig
+from cluster.config import TrainConfig, WorkerRange
 from cluster.deepspeed_config import deepspeed_config, read_deepspeed
 from cluster.lease import hold_lease
 from cluster.loader import check_data
@@ -72,7 +73,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _check_config(run, config)
     check_model(config.model, (config.data.crop_height, config.data.crop_width))
     connect_ray()
-    cpus = place(config.workers, config.cpus_per_worker, config.placement_timeout)
+    cpus = _place_range(config)
     with hold_lease(run) as lease:
         _check_config(run, config)  # once more: another writer may have begun the run since
         run.put(CONFIG, json.dumps(asdict(config), indent=1).encode())
@@ -89,7 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             metrics = launch(
                 "cluster.worker:train_worker",
                 payload,
-                workers=config.workers,
+                workers=config.worker_range,
                 cpus=cpus,
                 storage=config.storage,
                 folder=config.run,
@@ -138,7 +139,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         weights = str(Path(weights).absolute())  # Ray's workers run in a folder of their own
     model = replace(config.model, num_classes=found, encoder_weights=weights)
     engine = replace(config.engine, deepspeed=read_deepspeed(config.engine.deepspeed))
-    deepspeed_config(engine, config.optimization, config.workers)  # refuses what contradicts ours
+    deepspeed_config(
+        engine, config.optimization, config.worker_range.max
+    )  # refuses what contradicts ours
     return replace(config, model=model, engine=engine)
 
 
@@ -175,6 +178,15 @@ def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, A
                 found |= _differences(old.get(key), new.get(key), name)
         return found
     return {} if old == new else {prefix: (old, new)}
+
+
+def _place_range(config: TrainConfig) -> int:
+    """CPU cores of a worker: those that most workers have, else those that the fewest need."""
+    fewest, most = config.worker_range.min, config.worker_range.max
+    if fewest < most:
+        with suppress(ValueError):
+            return place(most, config.cpus_per_worker)
+    return place(fewest, config.cpus_per_worker or int(fewest < most), config.placement_timeout)
 
 
 def place(workers: int, cpus: int = 0, timeout: float = 0) -> int:
@@ -223,7 +235,7 @@ def launch(
     worker: str,
     payload: dict[str, Any],
     *,
-    workers: int,
+    workers: WorkerRange,
     cpus: int,
     storage: StorageConfig,
     folder: str,
@@ -231,18 +243,19 @@ def launch(
 ) -> Any:
     """Run `worker` ("module:function", called with `payload`) on a Ray Train group.
 
-    Returns rank 0's return value. Raises ValueError with the worker's own message for bad data,
-    RuntimeError for anything else.
+    Ray starts as many of an elastic range as there is room for, and starts the group again when
+    that changes. Returns rank 0's return value. Raises ValueError with the worker's own message for
+    bad data, RuntimeError for anything else.
     """
     filesystem, path = pyarrow_filesystem(folder, storage)
     parent, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
-    gpu = use_gpu()
+    gpu, fixed = use_gpu(), workers.min == workers.max
     trainer = TorchTrainer(
         _call,
         train_loop_config={"worker": worker, **payload},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
+            num_workers=workers.max if fixed else (workers.min, workers.max),
             use_gpu=gpu,
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
         ),

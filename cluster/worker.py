@@ -232,6 +232,7 @@ class _Trainer:
         if "pseudo_label_right" in metrics:
             known = metrics.pop("pseudo_label_known")
             metrics["pseudo_label_accuracy"] = metrics.pop("pseudo_label_right") / max(known, 1e-9)
+        metrics["workers"] = self.world_size
         metrics["gradient_norm"] = self.engine.gradient_norm
         metrics["learning_rate"] = learning_rate(step, self.config.optimization)
         rate = timer.steps_per_second(step + 1)

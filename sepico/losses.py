@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from sepico.statistics import CHUNK, FeatureBank
+from sepico.gradients import BankContrast, DistContrast, SelectRows
+from sepico.statistics import FeatureBank, check_labels
 
 
 def downscale_labels(
@@ -23,15 +24,18 @@ def downscale_labels(
 
     The ignore value votes as one more class; ties go to the lowest class. A window whose winner
     holds less than `min_ratio` of it is ignored. Incomplete windows at the edges are dropped.
+    Raises ValueError for a label that is neither a class nor the ignore value.
     """
+    labels = label_map.long()
+    ignored = labels == ignore_index
+    check_labels(labels.masked_fill(ignored, 0), num_classes)
     if factor == 1:
-        return label_map.long()
-    batch, _, height, width = label_map.shape
+        return labels
+    batch, _, height, width = labels.shape
     h, w = height // factor, width // factor
-    windows = label_map[:, 0, : h * factor, : w * factor].long()
+    windows = labels.masked_fill(ignored, num_classes)[:, 0, : h * factor, : w * factor]
     windows = windows.view(batch, h, factor, w, factor).transpose(2, 3).reshape(-1, factor**2)
-    windows = torch.where(windows == ignore_index, num_classes, windows)
-    votes = torch.zeros(len(windows), num_classes + 1, device=label_map.device)
+    votes = torch.zeros(len(windows), num_classes + 1, device=labels.device)
     votes.scatter_add_(1, windows, torch.ones_like(windows, dtype=votes.dtype))
     share, winner = (votes / factor**2).max(1)
     unclear = (share < min_ratio) | (winner == num_classes)
@@ -49,8 +53,11 @@ def select_pixels(
     """Labelled feature pixels: (B, A, h, w), (B, 1, H, W) -> (N, A), (N,) int64.
 
     Rows come in the order batch, y, x. Raises ValueError when the labels are no whole multiple of
-    the feature grid, or not the same multiple in height and width.
+    the feature grid, not the same multiple in height and width or of another batch size, and for a
+    label that is neither a class nor the ignore value.
     """
+    if len(feature_map) != len(label_map):
+        raise ValueError(f"{len(feature_map)} feature maps, but labels of {len(label_map)} images")
     grid, size = tuple(feature_map.shape[-2:]), tuple(label_map.shape[-2:])
     factor = size[1] // grid[1]
     if size != (grid[0] * factor, grid[1] * factor):
@@ -65,9 +72,8 @@ def select_pixels(
         min_ratio=min_ratio,
         ignore_index=ignore_index,
     ).flatten()
-    rows = feature_map.permute(0, 2, 3, 1).flatten(0, 2)
     kept = (labels != ignore_index).nonzero().squeeze(1)
-    return rows[kept], labels[kept]
+    return SelectRows.apply(feature_map, kept), labels[kept]
 
 
 def proto_contrast(
@@ -82,8 +88,11 @@ def proto_contrast(
     """ProtoCL: contrast against class prototypes, -log softmax_k(q.m_k / t)[y].
 
     Features (N, A), labels (N,), mean (C, A), class_weight (C,) -> scalar, the mean over N (or
-    sum / `count`). Without a pixel it is a zero that still carries a graph.
+    sum / `count`). Without a pixel it is a zero that still carries a graph. Raises ValueError for
+    a label outside of 0..C-1 and a temperature that is not above 0.
     """
+    check_labels(labels, len(mean))
+    _check_temperature(temperature)
     similarity = features.float() @ mean.T / temperature
     losses = F.cross_entropy(similarity, labels, class_weight, reduction="none")
     return _mean(losses, count)
@@ -104,24 +113,12 @@ def bank_contrast(
     negative, and its pixels have loss 0.
 
     Features (N, A), labels (N,) -> scalar, the mean over N (or sum / `count`). Without a pixel it
-    is a zero that still carries a graph.
+    is a zero that still carries a graph. Raises ValueError for a label outside of the bank's
+    classes and a temperature that is not above 0.
     """
-    features = features.float()
-    similarity = features @ bank.means().T / temperature
-    own = F.one_hot(labels, bank.num_classes).bool()
-    # Not -inf, whose softmax is NaN where no negative is left.
-    excluded = torch.finfo(similarity.dtype).min
-    negative = similarity.masked_fill(own | ~bank.present, excluded).logsumexp(1)
-    losses = []
-    for c in labels.unique().tolist():
-        pixels = (labels == c).nonzero().squeeze(1)
-        rows = bank.rows(c)
-        if len(rows):
-            positive = features[pixels] @ rows.T / temperature
-            # -log(e^p / (e^p + e^n)) = softplus(n - p), which no temperature overflows.
-            losses.append(F.softplus(negative[pixels, None] - positive).mean(1))
-    total = torch.cat(losses).sum() if losses else features.sum() * 0
-    return total / (max(len(features), 1) if count is None else count.clamp(min=1))
+    check_labels(labels, bank.num_classes)
+    _check_temperature(temperature)
+    return _mean(BankContrast.apply(features.float(), labels, bank, temperature), count)
 
 
 def dist_contrast(
@@ -143,48 +140,19 @@ def dist_contrast(
     over N (or sum / `count`). Without a pixel it is a zero that still carries a graph. As in the
     authors' code, a class weight w_y multiplies the cross entropy of the logits
     q.m_k / t + q^2.S_k / (2 t^2), to which the positive's variance term is added unweighted.
+    Raises ValueError for a label outside of 0..C-1 and a temperature that is not above 0.
     """
+    check_labels(labels, len(mean))
+    _check_temperature(temperature)
     return _mean(
-        _DistContrast.apply(features.float(), labels, mean, variance, temperature, class_weight),
+        DistContrast.apply(features.float(), labels, mean, variance, temperature, class_weight),
         count,
     )
 
 
-class _DistContrast(torch.autograd.Function):
-    """Loss of each pixel (N,). By hand, because autograd would keep q^2 and its gradient, each as
-    large as the features themselves; the gradient needs only the softmax (N, C)."""
-
-    @staticmethod
-    def forward(ctx, features, labels, mean, variance, temperature, class_weight):
-        # Rows of q^2 are made a chunk at a time and stay in the cache.
-        spread = torch.cat([rows.square() @ variance.T for rows in features.split(CHUNK)])
-        spread /= 2 * temperature**2
-        logits = (features @ mean.T).div_(temperature).add_(spread)
-        own = labels[:, None]
-        weight = torch.ones_like(labels, dtype=logits.dtype)
-        if class_weight is not None:
-            weight = class_weight[labels]
-        losses = weight * (logits.logsumexp(1) - logits.gather(1, own).squeeze(1))
-        ctx.save_for_backward(features, labels, mean, variance, logits.softmax(1), weight)
-        ctx.temperature = temperature
-        return losses + spread.gather(1, own).squeeze(1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        features, labels, mean, variance, softmax, weight = ctx.saved_tensors
-        own = labels[:, None]
-        # d CE / d logits; the positive's variance term adds one to it for the variances.
-        of_mean = softmax * (weight * grad)[:, None]
-        of_mean.scatter_add_(1, own, -(weight * grad)[:, None])
-        of_variance = of_mean.scatter_add(1, own, grad[:, None])
-        result = of_mean @ (mean / ctx.temperature)
-        chunks = zip(
-            result.split(CHUNK), features.split(CHUNK), of_variance.split(CHUNK), strict=True
-        )
-        variance = variance / ctx.temperature**2
-        for rows, q, factors in chunks:
-            rows.addcmul_(q, factors @ variance)
-        return result, None, None, None, None, None
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: it must be above 0")
 
 
 def _mean(losses: Tensor, count: Tensor | None) -> Tensor:
@@ -202,8 +170,10 @@ def regularizer(
     """R = sum_k log p_k / (C log C), p the softmax of the mean feature over the prototypes.
 
     R is not linear in the mean feature, so with `count` (the global number of pixels) the mean
-    itself is all-reduced, with gradient. Features (N, A), mean (C, A) -> scalar.
+    itself is all-reduced, with gradient. Features (N, A), mean (C, A) -> scalar. Raises ValueError
+    for a temperature that is not above 0.
     """
+    _check_temperature(temperature)
     total = features.float().sum(0)
     if count is None:
         count = total.new_tensor(len(features))

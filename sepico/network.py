@@ -62,6 +62,8 @@ class Segmentor(nn.Module):
         fast = self.autocast_dtype
         with torch.autocast(images.device.type, fast) if fast else nullcontext():
             features = self.encoder(images.contiguous(memory_format=torch.channels_last))[-4:]
+            # Some encoders (MiT) answer in another layout; the heads are faster in this one.
+            features = [f.contiguous(memory_format=torch.channels_last) for f in features]
             scores = self.head(features).float() if logits else None
             embeddings = None
             if projections and self.projection is not None:

@@ -12,6 +12,18 @@ from torch import Tensor
 CHUNK = 1024
 
 
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise ValueError for a label outside of 0..num_classes - 1, whatever the shape of labels."""
+    if not labels.numel():
+        return
+    low, high = torch.stack(labels.aminmax()).tolist()
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels lie in {low}..{high} where {num_classes} classes are known: taxonomy, network "
+            "and statistics need the same classes, and ignored pixels are left out"
+        )
+
+
 class ClassStatistics:
     """Running count (C,), mean (C, A) and biased diagonal variance (C, A), float64 inside.
 
@@ -43,8 +55,10 @@ class ClassStatistics:
     def batch_sums(self, features: Tensor, labels: Tensor) -> Tensor:
         """Features (N, A), labels (N,) in 0..C-1 -> count, sum, sum of squares: (C (2A + 1),).
 
-        Float64; within a chunk of rows the sums are float32, so no wide copy is made.
+        Float64; within a chunk of rows the sums are float32, so no wide copy is made. Raises
+        ValueError for another label.
         """
+        check_labels(labels, self.num_classes)
         sums = torch.zeros(self.num_classes, 2 * self.feature_dim + 1, dtype=torch.float64)
         sums = sums.to(features.device)
         classes = torch.arange(self.num_classes, device=labels.device)[:, None]

@@ -72,9 +72,11 @@ class AdaptationStep:
         self.normalize = normalize
         self.teacher = teacher
         self.contrast = contrast
-        self.class_weight = class_weight if config.teacher.day_night else None
+        weighted = config.teacher.day_night and config.method != "source_only"
+        self.class_weight = class_weight if weighted else None
         self.contrast_start = contrast_start_step(config.contrast.start, config.optimization)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.share = 1.0
         # Scalars and pictures of the latest step, for telemetry.
         self.metrics: dict[str, Tensor] = {}
         self.pictures: dict[str, Tensor] = {}
@@ -82,6 +84,9 @@ class AdaptationStep:
     def terms(self, student: Student, batch: StepBatch, step: int) -> Iterator[Tensor]:
         """Yield the step's loss terms; each graph may be freed before the next is asked for."""
         self.metrics, self.pictures = {}, {}
+        # Gradients are averaged over ranks, which may have more or fewer of the batch's images.
+        images = self.config.optimization.global_batch
+        self.share = self.world_size * len(batch.seeds) / images
         if self.config.method == "source_only":
             yield from self._source_only(student, batch)
         else:
@@ -90,7 +95,7 @@ class AdaptationStep:
     def _source_only(self, student: Student, batch: StepBatch) -> Iterator[Tensor]:
         image = self._strong(batch.source_image, batch.seeds)
         logits, _ = student(self.normalize(image))
-        loss = losses.cross_entropy(logits, batch.source_label)
+        loss = self._cross_entropy(logits, batch.source_label)
         self.metrics["source_ce"] = loss.detach()
         yield loss
 
@@ -102,7 +107,7 @@ class AdaptationStep:
 
         image = self._strong(batch.source_image, batch.seeds)
         logits, projections = student(self.normalize(image), projections=with_contrast)
-        loss = losses.cross_entropy(logits, batch.source_label, class_weight=self.class_weight)
+        loss = self._cross_entropy(logits, batch.source_label)
         self.metrics["source_ce"] = loss.detach()
         source_counts, target_counts, confident_share = finish()
         if with_contrast:
@@ -116,14 +121,14 @@ class AdaptationStep:
 
         mixed_image, mixed_label, weight = self._mix(batch, target, confident_share)
         logits, _ = student(self.normalize(mixed_image), projections=False)
-        loss = losses.cross_entropy(logits, mixed_label, weight, class_weight=self.class_weight)
+        loss = self._cross_entropy(logits, mixed_label, weight)
         self.metrics["mix_ce"] = loss.detach()
         self.metrics["confident_share"] = confident_share
         if target.truth is not None:
             labelled = target.truth != 255
             right = (target.label == target.truth) & labelled
-            self.metrics["pseudo_label_right"] = right.float().mean()
-            self.metrics["pseudo_label_known"] = labelled.float().mean()
+            self.metrics["pseudo_label_right"] = self.share * right.float().mean()
+            self.metrics["pseudo_label_known"] = self.share * labelled.float().mean()
         self.pictures = {
             "source": batch.source_image,
             "source_label": batch.source_label[:, 0],
@@ -215,10 +220,19 @@ class AdaptationStep:
             if work is not None:
                 work.wait()
             source_counts = self.contrast.merge(sums[: -len(extra)])
-            share = sums[-1] / (target.label.numel() * self.world_size)
-            return source_counts.float(), sums[-len(extra) : -1].float(), share.float()
+            pixels = self.config.optimization.global_batch * target.label[0].numel()
+            confident = sums[-1] / pixels
+            return source_counts.float(), sums[-len(extra) : -1].float(), confident.float()
 
         return finish
+
+    def _cross_entropy(
+        self, logits: Tensor, labels: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """This rank's share of the global mean."""
+        class_weight = self.class_weight
+        loss = losses.cross_entropy(logits, labels, weight, class_weight=class_weight)
+        return self.share * loss
 
     def _contrast(
         self, domain: str, projections: Projections, labels: Tensor, counts: Tensor
@@ -254,6 +268,6 @@ class AdaptationStep:
         # Zero after normalisation is the mean colour.
         image = image.masked_fill(masks[:, None].to(image.device), 0)
         logits, _ = student(image, projections=False)
-        loss = confident_share * losses.cross_entropy(logits, target.trusted_label)
+        loss = confident_share * self.share * losses.cross_entropy(logits, target.trusted_label)
         self.metrics["mic_ce"] = loss.detach()
         return config.weight * loss

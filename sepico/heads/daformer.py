@@ -6,7 +6,7 @@ Hoyer, Dai, Van Gool: DAFormer (CVPR 2022), section 3.2.
 import torch
 from torch import Tensor, nn
 
-from sepico.heads.layers import StagedConv1x1, conv_norm_act, resize
+from sepico.heads.layers import DilatedDepthwiseConv, StagedConv1x1, conv_norm_act, resize
 
 
 class SeparableASPP(nn.Module):
@@ -27,7 +27,11 @@ class SeparableASPP(nn.Module):
             )
             if dilation == 1
             else nn.Sequential(
-                conv_norm_act(width, width, 3, dilation, groups=width),
+                nn.Sequential(
+                    DilatedDepthwiseConv(width, dilation),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace=True),
+                ),
                 conv_norm_act(width, channels),
             )
             for dilation in dilations

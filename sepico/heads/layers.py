@@ -5,24 +5,72 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def conv_norm_act(
-    channels_in: int, channels_out: int, kernel: int = 1, dilation: int = 1, groups: int = 1
-) -> nn.Sequential:
+def conv_norm_act(channels_in: int, channels_out: int, kernel: int = 1) -> nn.Sequential:
     """Convolution (same padding), batch-norm, ReLU."""
-    padding = dilation * (kernel // 2)
     return nn.Sequential(
-        nn.Conv2d(
-            channels_in,
-            channels_out,
-            kernel,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=False,
-        ),
+        nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False),
         nn.BatchNorm2d(channels_out),
         nn.ReLU(inplace=True),
     )
+
+
+class DilatedDepthwiseConv(nn.Conv2d):
+    """A dilated 3x3 depthwise convolution (same padding), undilated on each phase of the grid.
+
+    Pixels that meet under dilation d have coordinates equal modulo d. Split into d x d small
+    images of such pixels, the input needs no dilation any more: the same numbers from the fast
+    kernels, which in channels_last do not dilate.
+    """
+
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__(channels, channels, 3, dilation=dilation, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        return _DilatedDepthwise.apply(x, self.weight.to(x.dtype), self.dilation[0])
+
+
+class _DilatedDepthwise(torch.autograd.Function):
+    """By hand, because autograd would keep the phases of every dilation beside their input."""
+
+    @staticmethod
+    def forward(ctx, x, weight, d):
+        ctx.save_for_backward(x, weight)
+        ctx.d = d
+        y = F.conv2d(_phases(x, d), weight, padding=1, groups=len(weight))
+        return _grid(y, d, x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), d = ctx.saved_tensors, ctx.d
+        of_phases, grad_weight, _ = torch.ops.aten.convolution_backward(
+            *(_phases(grad, d), _phases(x, d), weight, None),
+            *([1, 1], [1, 1], [1, 1], False, [0, 0], len(weight)),  # stride, padding, dilation ...
+            [True, True, False],
+        )
+        return _grid(of_phases, d, x.shape), grad_weight, None
+
+
+def _phases(x: Tensor, d: int) -> Tensor:
+    """(B, C, h, w) -> (B d d, C, ceil(h / d), ceil(w / d)): every d-th pixel, zeros at the end."""
+    batch, channels, height, width = x.shape
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -width % d, 0, -height % d))
+    rows, columns = x.shape[1] // d, x.shape[2] // d
+    x = x.reshape(batch, rows, d, columns, d, channels).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(-1, rows, columns, channels).permute(0, 3, 1, 2)
+
+
+def _grid(phases: Tensor, d: int, size: torch.Size) -> Tensor:
+    """Undo `_phases` of a tensor of that size (B, C, h, w)."""
+    batch, channels, height, width = size
+    rows, columns = phases.shape[-2:]
+    y = torch.arange(height, device=phases.device)[:, None]
+    x = torch.arange(width, device=phases.device)
+    # Where pixel (y, x) lies in the phases of one image: phase (y % d, x % d), pixel (y / d, x / d).
+    index = ((y % d * d + x % d) * rows + y // d) * columns + x // d
+    pixels = phases.permute(0, 2, 3, 1).reshape(batch, -1, channels)
+    pixels = pixels.index_select(1, index.flatten())
+    return pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def resize(features: Tensor, size: torch.Size) -> Tensor:

@@ -21,7 +21,6 @@ def test_open_keys_are_added_and_ours_stay():
     assert config["comms_logger"] == {"enabled": True}
     assert config["zero_optimization"]["overlap_comm"] is True
     assert config["zero_optimization"]["stage"] == 1
-    assert config["train_micro_batch_size_per_gpu"] == 4
 
 
 def test_the_same_value_and_auto_are_no_contradiction():

@@ -166,7 +166,6 @@ def test_waiting_is_measured(urls):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"world_size": 4}, "global_batch 6 must be a multiple of the number of workers 4"),
         (
             {"global_batch": 14},
             r"data.source file://.* holds 12 images, fewer than global_batch 14",

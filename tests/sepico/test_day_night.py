@@ -11,6 +11,7 @@ from sepico.config import (
     ContrastConfig,
     MethodConfig,
     ModelConfig,
+    OptimizationConfig,
     TeacherConfig,
 )
 from sepico.contrast import PixelContrast
@@ -50,6 +51,7 @@ def adaptation_step(day_night, day_ratio=0.8):
         ),
         augmentation=AugmentationConfig(jitter_probability=0.0, blur_probability=0.0),
         contrast=ContrastConfig(start=10),
+        optimization=OptimizationConfig(global_batch=len(SEEDS), reference_batch=len(SEEDS)),
         # Low enough that an untrained network is sure of some pixels, and not of all.
         teacher=TeacherConfig(
             threshold=0.09,

@@ -1,8 +1,9 @@
-"""Numbers of the method authors' implementation (tests/data, made by their code), reproduced.
+"""Losses and statistics of the method authors' implementation (tests/data), reproduced.
 
 Losses and gradients hold within 2e-5 of the largest value + 1e-7 + 4 x the stored float32 gap.
 """
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sepico import augment, losses, teacher
-from sepico.config import OptimizationConfig
-from sepico.metrics import ConfusionMatrix
-from sepico.schedule import ema_decay, learning_rate
+from sepico import losses
 from sepico.statistics import ClassStatistics, FeatureBank
 
 DATA = Path(__file__).parent.parent / "data"
 CLASSES = 19
 
 
-def golden(name: str) -> dict[str, np.ndarray]:
-    return dict(np.load(DATA / f"{name}.npz"))
+def golden(name: str, folder: Path = DATA) -> dict[str, np.ndarray]:
+    return dict(np.load(folder / f"{name}.npz"))
 
 
 def ints(array: np.ndarray) -> torch.Tensor:
@@ -42,24 +40,39 @@ def test_downscaled_labels(case):
     assert (result.numpy() == stored[f"out_{case}"]).all()
 
 
-def test_selected_pixels():
+@pytest.mark.parametrize("case", range(3))
+def test_selected_pixels(case):
     stored = golden("prep")
-    features, labels = losses.select_pixels(
-        torch.from_numpy(stored["feat_0"]), ints(stored["mask_0"]), num_classes=CLASSES
-    )
-    assert (features.numpy() == stored["out_feat_0"]).all()
-    assert (labels.numpy() == stored["out_mask_0"]).all()
+    features = torch.from_numpy(stored[f"feat_{case}"])
+    labels = at_the_grid(features, stored[f"mask_{case}"], stored[f"pool_{case}"])
+    rows, classes = losses.select_pixels(features, labels, num_classes=CLASSES)
+    assert (rows.numpy() == stored[f"out_feat_{case}"]).all()
+    assert (classes.numpy() == stored[f"out_mask_{case}"]).all()
+
+
+def at_the_grid(features: torch.Tensor, mask: np.ndarray, pool: np.ndarray) -> torch.Tensor:
+    """Labels as they came (pool 1: a majority vote is to follow) or the nearest at the features."""
+    if pool:
+        return ints(mask)
+    return F.interpolate(ints(mask).float(), features.shape[-2:], mode="nearest").long()
 
 
 VARIANTS = ("proto", "dist", "bank")
-CONTRAST_CASES = [
-    (name, variant, temperature, regularized)
-    for name in sorted(path.stem for path in DATA.glob("loss_*.npz"))
-    for variant in VARIANTS
-    for temperature in ("100", "1", "0.1")
-    for regularized in (0, 1)
-    if f"loss_{variant}_t{temperature}_r{regularized}" in golden(name)
-]
+TEMPERATURES = ("100", "1", "0.1")
+ContrastCase = tuple[str, str, str, int]
+
+
+def contrast_cases(folder: Path, names: list[str]) -> list[ContrastCase]:
+    """(file, variant, temperature, weight of the regulariser) of every stored loss."""
+    return [
+        (name, *case)
+        for name in names
+        for case in product(VARIANTS, TEMPERATURES, (0, 1))
+        if "loss_{}_t{}_r{}".format(*case) in golden(name, folder)
+    ]
+
+
+CONTRAST_CASES = contrast_cases(DATA, sorted(path.stem for path in DATA.glob("loss_*.npz")))
 
 
 def test_every_stored_contrast_case_is_checked():
@@ -91,16 +104,15 @@ def contrast(variant, rows, labels, stored, temperature):
 
 
 def kept_pixels(features: torch.Tensor, stored) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = ints(stored["mask"])
-    if not stored["pool"]:  # nearest: the labels come at the features' size
-        mask = F.interpolate(mask.float(), features.shape[-2:], mode="nearest").long()
+    mask = at_the_grid(features, stored["mask"], stored["pool"])
     ratio = float(stored["min_ratio"])
     return losses.select_pixels(features, mask, num_classes=CLASSES, min_ratio=ratio)
 
 
-@pytest.mark.parametrize(("name", "variant", "temperature", "regularized"), CONTRAST_CASES)
-def test_contrast_and_regularizer(name, variant, temperature, regularized):
-    stored = golden(name)
+def check_contrast(case: ContrastCase, folder: Path = DATA) -> None:
+    """Loss and gradient of the map of features, with the regulariser where the case has it."""
+    name, variant, temperature, regularized = case
+    stored = golden(name, folder)
     key = f"{variant}_t{temperature}_r{regularized}"
     features = torch.from_numpy(stored["feat"]).requires_grad_()
     rows, labels = kept_pixels(features, stored)
@@ -117,15 +129,44 @@ def test_contrast_and_regularizer(name, variant, temperature, regularized):
     assert np.abs(features.grad.numpy() - gradient).max() <= bound
 
 
-@pytest.mark.parametrize("name", ["estimator_a16", "estimator_a64"])
-def test_class_statistics(name):
-    stored = golden(name)
+@pytest.mark.parametrize("case", CONTRAST_CASES, ids=str)
+def test_contrast_and_regularizer(case):
+    check_contrast(case)
+
+
+def check_regularizer(name: str, temperature: str, folder: Path = DATA) -> None:
+    """R alone and its gradient of the kept rows."""
+    stored = golden(name, folder)
+    rows, _ = kept_pixels(torch.from_numpy(stored["feat"]), stored)
+    rows.requires_grad_()
+    mean = torch.from_numpy(stored["mean"])
+    spread = losses.regularizer(rows, mean, temperature=float(temperature))
+    spread.backward()
+    assert spread.item() == pytest.approx(float(stored[f"reg_t{temperature}"]), rel=2e-5)
+    gradient = stored[f"reggrad_t{temperature}"]
+    assert np.abs(rows.grad.numpy() - gradient).max() <= 2e-5 * np.abs(gradient).max() + 1e-7
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("name", ["loss_a16", "loss_a16_classweight"])
+def test_regularizer_alone(name, temperature):
+    check_regularizer(name, temperature)
+
+
+def check_statistics(name: str, folder: Path = DATA) -> None:
+    """Count, mean and variance after each of five updates."""
+    stored = golden(name, folder)
     statistics = ClassStatistics(CLASSES, stored["feat_0"].shape[1])
     for k in range(5):
         statistics.update(torch.from_numpy(stored[f"feat_{k}"]), ints(stored[f"label_{k}"]))
         assert np.abs(statistics.mean.numpy() - stored[f"ave_{k}"]).max() < 1e-5
         assert np.abs(statistics.variance.numpy() - stored[f"cov_{k}"]).max() < 1e-5
         assert (statistics.count.numpy() == stored[f"amount_{k}"]).all()
+
+
+@pytest.mark.parametrize("name", ["estimator_a16", "estimator_a64"])
+def test_class_statistics(name):
+    check_statistics(name)
 
 
 @pytest.mark.parametrize("name", ["estimator_a16", "estimator_a64"])
@@ -165,39 +206,6 @@ def test_sum_over_encoder_stages(variant, weights):
         )
 
 
-@pytest.mark.parametrize("day_ratio", [0.8, 0.6])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_day_night_fusion(weighted, day_ratio):
-    stored = golden("daynight")
-    fused = teacher.fuse_day_night(
-        torch.from_numpy(stored["day"]),
-        torch.from_numpy(stored["night"]),
-        class_weight=torch.from_numpy(stored["class_weight"]) if weighted else None,
-        day_ratio=day_ratio,
-    )
-    expected = stored[f"mix{'w' if weighted else ''}_r{day_ratio}"]
-    assert fused.numpy() == pytest.approx(expected, rel=1e-5, abs=1e-7)
-
-
-@pytest.mark.parametrize("case", range(4))
-def test_class_balanced_crop(case):
-    stored = golden("crop")
-    boxes = stored[f"boxes_{case}"]
-    best, scores = augment.class_balanced_crop(
-        ints(stored[f"seg_{case}"]),
-        torch.from_numpy(boxes),
-        max_ratio=float(stored[f"par_{case}"][2]),
-    )
-    assert scores.numpy() == pytest.approx(stored[f"scores_{case}"], rel=1e-6)
-    assert (boxes[best] == stored[f"best_{case}"]).all()
-
-
-def test_class_mix_mask():
-    stored = golden("classmix")
-    mask = augment.class_mix_mask(ints(stored["label"]), [ints(row) for row in stored["chosen"]])
-    assert (mask.numpy() == stored["mask"]).all()
-
-
 @pytest.mark.parametrize("kind", ["plain", "weight", "class"])
 def test_cross_entropy(kind):
     stored = golden("ce")
@@ -209,39 +217,3 @@ def test_cross_entropy(kind):
     loss.backward()
     assert loss.item() == pytest.approx(float(stored[f"loss_{kind}"]), rel=1e-5)
     assert np.abs(logits.grad.numpy() - stored[f"grad_{kind}"]).max() < 1e-7
-
-
-def test_iou():
-    stored = golden("iou")
-    matrix = ConfusionMatrix(CLASSES)
-    for prediction, label in zip(stored["pred"], stored["label"], strict=True):
-        matrix.update(ints(prediction), ints(label))
-    assert matrix.iou().numpy() == pytest.approx(stored["iou"], nan_ok=True)
-
-
-def test_learning_rate():
-    stored = golden("lr")
-    iterations, warmup, ratio, power, _ = stored["par_0"].tolist()
-    config = OptimizationConfig(
-        iterations=int(iterations),
-        lr=float(stored["base_0"][0]),
-        warmup=int(warmup),
-        warmup_ratio=ratio,
-        power=power,
-    )
-    rates = [learning_rate(int(step), config) for step in stored["iter_0"]]
-    assert rates == pytest.approx(stored["lr_0"][:, 0], rel=1e-9)
-
-
-@pytest.mark.parametrize("case", range(5))
-def test_ema(case):
-    stored = golden("ema")
-    # The authors update before iteration i what we update after step i - 1.
-    decay = ema_decay(int(stored[f"iter_{case}"]) - 1, OptimizationConfig(), 0.999)
-    before = stored[f"teacher_{case - 1}"] if case in (1, 2) else None
-    if before is not None:
-        after = torch.from_numpy(before).lerp(
-            torch.from_numpy(stored[f"student_{case}"]), 1 - decay
-        )
-        assert after.numpy() == pytest.approx(stored[f"teacher_{case}"], abs=1e-6)
-    assert decay == pytest.approx(min(1 - 1 / (int(stored[f"iter_{case}"]) + 1), 0.999))

@@ -3,37 +3,10 @@
 import pytest
 import torch
 
-from sepico import augment, losses
+from sepico import augment
 from sepico.config import AugmentationConfig, ContrastConfig, MethodConfig
 from sepico.statistics import FeatureBank
 from sepico.taxonomies import Taxonomy
-
-
-def test_a_batch_without_a_labelled_pixel_gives_a_zero_that_carries_a_graph():
-    features = torch.randn(2, 4, 3, 3, requires_grad=True)
-    labels = torch.full((2, 1, 12, 12), 255)
-    rows, classes = losses.select_pixels(features, labels, num_classes=5)
-    mean, variance = torch.randn(5, 4), torch.rand(5, 4)
-    loss = losses.dist_contrast(rows, classes, mean, variance, temperature=0.1)
-    loss = loss + losses.regularizer(rows, mean, temperature=0.1)
-    loss.backward()
-    assert loss.item() == 0
-    assert features.grad.abs().max() == 0
-
-
-def test_a_small_temperature_does_not_overflow():
-    features = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)
-    mean = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
-    loss = losses.dist_contrast(
-        features, torch.arange(50) % 5, mean, torch.rand(5, 8), temperature=1e-3
-    )
-    assert torch.isfinite(loss)
-
-
-@pytest.mark.parametrize("size", [(24, 33), (25, 32), (48, 32)])
-def test_labels_that_do_not_fit_the_feature_grid_are_refused(size):
-    with pytest.raises(ValueError, match="no whole multiple"):
-        losses.select_pixels(torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, *size), num_classes=5)
 
 
 def test_class_mix_draws_half_of_the_classes_and_never_the_ignore_value():
