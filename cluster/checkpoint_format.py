@@ -89,6 +89,7 @@ def delete_incomplete(storage: Storage) -> None:
     for key in storage.list(FOLDER):
         if not any(key.startswith(prefix) for prefix in complete):
             storage.delete(key)
+    storage.delete_unfinished()
 
 
 def delete_checkpoint(storage: Storage, checkpoint: Checkpoint) -> None:

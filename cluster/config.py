@@ -77,6 +77,9 @@ class TrainConfig(MethodConfig):
         cpus_per_worker: CPU cores and compute threads of a worker; 0 shares the cluster's out.
         placement_timeout: Seconds to wait for a cluster that grows to hold the workers.
         max_failures: Restarts from the last checkpoint after a lost worker.
+        hang_timeout: Seconds without a step (or an image of a validation) after which a worker
+            counts as hanging: it writes its stack traces, and the group is restarted. Ray itself
+            replaces a stopped process after 600, without traces of the others.
         seed: Seed of data, augmentation and initial weights.
         log_every: Steps between lines of metrics.
         checkpoint_every: Steps between checkpoints.
@@ -92,6 +95,7 @@ class TrainConfig(MethodConfig):
     cpus_per_worker: int = 0
     placement_timeout: int = 0
     max_failures: int = 3
+    hang_timeout: int = 500
     seed: int = 76
     log_every: int = 10
     checkpoint_every: int = 1000
@@ -125,7 +129,8 @@ class TrainConfig(MethodConfig):
                 "step, over which the regulariser is not a sum: set contrast.regularizer_weight "
                 "to 0, or micro_batch to 0"
             )
-        for name in ("log_every", "checkpoint_every", "keep_last", "panel_every"):
+        positive = ("hang_timeout", "log_every", "checkpoint_every", "keep_last", "panel_every")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.keep_best < 0:

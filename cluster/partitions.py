@@ -130,7 +130,7 @@ class OptimizerPartition:
         """Adam's state of a tensor, made as Adam makes it where it has not stepped yet."""
         state = self._optimizer.state[flat]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=flat.device)
             for name in MOMENTS:
                 state[name] = torch.zeros_like(flat, memory_format=torch.preserve_format)
         return state

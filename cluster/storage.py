@@ -10,6 +10,7 @@ nor pickled.
 from __future__ import annotations
 
 import os
+import re
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -163,10 +164,17 @@ class Storage:
             obstore.delete(self._store, key)
 
     def delete_unfinished(self) -> None:
-        """Remove what killed writers left in a folder; a bucket never shows that as objects."""
+        """Remove what killed writers left: parts of objects, which `list` never shows.
+
+        For a place that nobody writes to meanwhile. In a bucket that lets us neither list nor
+        abort uploads they stay, for its lifecycle rules.
+        """
         if self._scheme == "file":
-            for path in Path(self._path).glob("*.arrow#*"):
-                path.unlink()
+            for path in Path(self._path).rglob("*#*"):
+                if re.fullmatch(r".+#\d+", path.name):  # LocalStore writes NAME#1, then renames
+                    path.unlink(missing_ok=True)
+        elif self._scheme == "s3":
+            stores.abort_s3_uploads(self._bucket, f"{self._path}/".lstrip("/"), self._config)
 
     def check(self) -> None:
         """Before work starts: does the store answer, does the bucket exist, are we let in?

@@ -94,22 +94,7 @@ def s3_region(config: StorageConfig) -> str:
 
 def s3_refusal(bucket: str, config: StorageConfig) -> str | None:
     """Why S3 does not let us into the bucket, within seconds; None if it does."""
-    session = boto3.Session()  # a new one: boto3's default session keeps its first credentials
-    if not config.anonymous and session.get_credentials() is None:
-        raise NoCredentialsError
-    client = session.client(
-        "s3",
-        endpoint_url=s3_endpoint(config),
-        region_name=s3_region(config),
-        verify=_ca_bundle(config),
-        config=botocore.config.Config(
-            signature_version=botocore.UNSIGNED if config.anonymous else None,
-            s3={"addressing_style": "path" if config.path_style else "virtual"},
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=CONNECT_TIMEOUT_S,
-            retries={"total_max_attempts": 2},
-        ),
-    )
+    client = _s3_admin(config)
     endpoint = client.meta.endpoint_url
     try:
         client.head_bucket(Bucket=bucket)
@@ -126,6 +111,41 @@ def s3_refusal(bucket: str, config: StorageConfig) -> str | None:
     finally:
         client.close()
     return None
+
+
+def abort_s3_uploads(bucket: str, prefix: str, config: StorageConfig) -> None:
+    """End the unfinished uploads below a prefix; where that is not allowed they stay."""
+    client = _s3_admin(config)
+    try:
+        pages = client.get_paginator("list_multipart_uploads")
+        for page in pages.paginate(Bucket=bucket, Prefix=prefix):
+            for upload in page.get("Uploads", []):
+                name = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                client.abort_multipart_upload(Bucket=bucket, **name)
+    except botocore.exceptions.ClientError:
+        pass
+    finally:
+        client.close()
+
+
+def _s3_admin(config: StorageConfig) -> Any:
+    """boto3's client, for what is no object. Raises NoCredentialsError."""
+    session = boto3.Session()  # a new one: boto3's default session keeps its first credentials
+    if not config.anonymous and session.get_credentials() is None:
+        raise NoCredentialsError
+    return session.client(
+        "s3",
+        endpoint_url=s3_endpoint(config),
+        region_name=s3_region(config),
+        verify=_ca_bundle(config),
+        config=botocore.config.Config(
+            signature_version=botocore.UNSIGNED if config.anonymous else None,
+            s3={"addressing_style": "path" if config.path_style else "virtual"},
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=CONNECT_TIMEOUT_S,
+            retries={"total_max_attempts": 2},
+        ),
+    )
 
 
 def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:

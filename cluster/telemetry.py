@@ -71,6 +71,7 @@ class ProgressActor:
     def __init__(self) -> None:
         self._latest: dict[str, Any] = {}
         self._notes: list[str] = []
+        self._hung: dict[tuple[int, str], list[int]] = {}
 
     def update(self, done: int, total: int, shown: dict[str, str]) -> None:
         self._latest = {"done": done, "total": total, "shown": shown}
@@ -79,9 +80,17 @@ class ProgressActor:
         """Show a line once."""
         self._notes.append(line)
 
+    def hung(self, rank: int, step: int, stacks: str) -> None:
+        """Show, in one line for all ranks, that a step hangs and where their stack traces lie."""
+        self._hung.setdefault((step, stacks), []).append(rank)
+
     def latest(self) -> tuple[dict[str, Any], list[str]]:
         """Progress, and the lines since the last call."""
         notes, self._notes = self._notes, []
+        for (step, stacks), ranks in self._hung.items():
+            named = ", ".join(str(rank) for rank in sorted(ranks))
+            notes.append(f"step {step} hangs: stack traces of rank {named} in {stacks}")
+        self._hung = {}
         return self._latest, notes
 
 

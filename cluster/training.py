@@ -12,6 +12,7 @@ import ray
 import ray.train
 from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import TrainConfig, WorkerRange
 from cluster.data import check_data
@@ -33,8 +34,8 @@ CONFIG = "config.json"
 # What a continued run may change: where and how long it runs, not what it computes.
 _CHANGEABLE = {
     "run", "runs", "workers", "cpus_per_worker", "placement_timeout", "max_failures",
-    "log_every", "checkpoint_every", "keep_last", "keep_best", "panel_every", "storage",
-    "validation", "data.cache", "data.cache_bytes", "data.threads", "data.prefetch",
+    "hang_timeout", "log_every", "checkpoint_every", "keep_last", "keep_best", "panel_every",
+    "storage", "validation", "data.cache", "data.cache_bytes", "data.threads", "data.prefetch",
     "engine.zero_stage", "engine.offload_optimizer", "engine.deepspeed",
 }  # fmt: skip
 
@@ -77,7 +78,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with hold_lease(run) as lease:
         _check_config(run, config)  # once more: another writer may have begun the run since
         run.put(CONFIG, json.dumps(asdict(config), indent=1).encode())
-        progress = ProgressActor.remote()
+        # Beside the driver, so that no lost worker's node takes it along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        progress = ProgressActor.options(scheduling_strategy=here).remote()
         payload = {
             "config": replace(config, cpus_per_worker=cpus),
             "run_url": config.run,

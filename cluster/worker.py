@@ -26,6 +26,7 @@ from cluster.read_metrics import summarize
 from cluster.storage import Storage, open_storage
 from cluster.telemetry import RunLog
 from cluster.training import Diverged
+from cluster.watchdog import Watchdog
 from sepico.contrast import PixelContrast
 from sepico.network import Segmentor, build_segmentor
 from sepico.normalization import set_batch_norm
@@ -49,14 +50,16 @@ def train_worker(payload: dict[str, Any]) -> dict[str, float] | Diverged:
     config: TrainConfig = payload["config"]
     device = set_up_process(config.cpus_per_worker)
     run = open_storage(payload["run_url"], config.storage)
-    if dist.get_rank() == 0:
-        payload["lease"].renew(run)
-        delete_incomplete(run)
-    trainer = _Trainer(config, device, run, payload["lease"], payload["progress"])
-    try:
-        return trainer.train()
-    finally:
-        trainer.close()
+    lease, progress = payload["lease"], payload["progress"]
+    with Watchdog(config.hang_timeout, run, dist.get_rank(), progress) as watchdog:
+        if dist.get_rank() == 0:
+            lease.renew(run)
+            delete_incomplete(run)
+        trainer = _Trainer(config, device, run, lease, progress, watchdog)
+        try:
+            return trainer.train()
+        finally:
+            trainer.close()
 
 
 class _Trainer:
@@ -67,9 +70,10 @@ class _Trainer:
         run: Storage,
         lease: Lease,
         progress: Any,
+        watchdog: Watchdog,
     ) -> None:
         self.config, self.device, self.progress = config, device, progress
-        self.run = run
+        self.run, self.watchdog = run, watchdog
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.steps = config.optimization.steps
         adapts = config.method != "source_only"
@@ -133,6 +137,7 @@ class _Trainer:
         timer = _Timer(self.start)
         batches = iter(self.loader)
         for step in range(self.start, self.steps):
+            self.watchdog.beat(step)
             batch = next(batches)
             self._seed(step)
             student = self.engine.module.module.train()
@@ -256,9 +261,11 @@ class _Trainer:
             networks["teacher"] = self.teacher.network
         metrics = {}
         for name, network in networks.items():
-            matrix = evaluate_network(
-                network, self.config.validation.data, self.config.storage, self.device
-            )
+            # A long validation is no hang.
+            with network.register_forward_pre_hook(lambda *_: self.watchdog.beat()):
+                matrix = evaluate_network(
+                    network, self.config.validation.data, self.config.storage, self.device
+                )
             means = mean_ious(matrix, self.loader.source.taxonomy)
             metrics |= {f"{name}_{key}": 100 * mean for key, mean in means.items()}
         if self.log:

@@ -47,7 +47,11 @@ def ray_cluster(aws_environment: None) -> Iterator[str]:
     import ray
 
     context = ray.init(
-        num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error"
+        "local",  # never a cluster that happens to run on this machine
+        num_cpus=2,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        logging_level="error",
     )
     yield context.address_info["address"]
     ray.shutdown()

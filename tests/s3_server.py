@@ -27,17 +27,17 @@ class S3Server:
 
     def make_bucket(self, name: str) -> str:
         """Create a bucket; returns its URL."""
-        self._client().create_bucket(Bucket=name)
+        self.client().create_bucket(Bucket=name)
         return f"s3://{name}"
 
     def is_ready(self) -> bool:
         try:
-            self._client().list_buckets()
+            self.client().list_buckets()
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
             return False
         return True
 
-    def _client(self):
+    def client(self):
         session = boto3.Session(ACCESS_KEY, SECRET_KEY, region_name="us-east-1")
         config = botocore.config.Config(
             connect_timeout=1, read_timeout=10, retries={"total_max_attempts": 1}

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -79,6 +81,30 @@ def test_a_missing_object_is_named_with_its_url(storage):
         with pytest.raises(StorageError) as caught:
             read()
         assert str(caught.value) == f"{storage.url}/no/such: no such object"
+
+
+def test_what_a_killed_writer_left_is_removed(storage, s3, tmp_path):
+    def unfinished() -> list:
+        if storage.url.startswith("file:"):
+            return list((tmp_path / "data").rglob("*#*"))
+        bucket = storage.url.split("/")[2]
+        return s3.client().list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+
+    storage.put("small", b"kept")
+    code = (
+        "import sys; from cluster.storage import StorageConfig, open_storage; "
+        "storage = open_storage(sys.argv[1], StorageConfig()); "
+        "[storage.put('folder/large', bytes(1 << 28)) for _ in range(100)]"
+    )
+    environment = {**os.environ, "AWS_ENDPOINT_URL_S3": s3.endpoint}
+    with subprocess.Popen([sys.executable, "-c", code, storage.url], env=environment) as writer:
+        while not unfinished():
+            assert writer.poll() is None
+        writer.kill()
+    assert unfinished()
+    storage.delete_unfinished()
+    assert not unfinished()
+    assert storage.get("small") == b"kept"
 
 
 def test_a_storage_is_not_pickled(storage):

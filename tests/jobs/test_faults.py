@@ -1,0 +1,73 @@
+"""Faults of real processes in mid-run: the run ends as if it had never met one."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from ray.cluster_utils import Cluster
+
+from tests.jobs.training import command, final_weights
+
+
+def check_a_fault(
+    fault: str, trained: tuple[Path, dict[str, str]], folder: Path, **changed: str
+) -> str:
+    """Train with the fault, compare with the run that had none; returns what the job showed."""
+    undisturbed, options = trained
+    words = command("tests.jobs.faults", {**options, "runs": str(folder), **changed})
+    words[3:3] = [fault, str(folder)]
+    job = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert job.returncode == 0, job.stderr
+    seconds = [(folder / name).stat().st_mtime for name in ("fired", "recovered")]
+    print(f"{fault}: first new step after {seconds[1] - seconds[0]:.1f} s")
+    for part in ("student", "teacher", "statistics"):
+        expected = final_weights(undisturbed, part)
+        found = final_weights(folder / "first", part)
+        assert all(torch.equal(found[name], value) for name, value in expected.items()), part
+    assert files_of(folder / "first") == files_of(undisturbed)
+    return job.stderr
+
+
+def files_of(run: Path) -> set[Path]:
+    """What lies in a run, apart from the files that every start of the workers adds."""
+    files = {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
+    return {path for path in files if path.parts[0] not in ("tensorboard", "stacks")}
+
+
+@pytest.mark.usefixtures("joined")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "all-reduce",
+        "checkpoint",
+        pytest.param("forward", marks=pytest.mark.slow),
+        pytest.param("backward", marks=pytest.mark.slow),
+    ],
+)
+def test_a_worker_killed_in_mid_work_costs_only_time(fault, trained, tmp_path):
+    check_a_fault(fault, trained, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_only_time(trained, tmp_path, monkeypatch):
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for _ in range(3):  # one to spare
+            nodes.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        check_a_fault("node", trained, tmp_path)
+    finally:
+        nodes.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("joined")
+def test_a_hanging_worker_is_replaced_and_the_waiting_ones_leave_stack_traces(trained, tmp_path):
+    shown = check_a_fault("hang", trained, tmp_path, hang_timeout="30")
+    traces = (tmp_path / "first/stacks/rank-00000-step-00000004.txt").read_text()
+    assert "all_reduce" in traces
+    assert f"step 4 hangs: stack traces of rank 0 in file://{tmp_path}/first/stacks" in shown
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "fired").read_text()), 0)
