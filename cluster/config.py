@@ -21,6 +21,8 @@ class EngineConfig:
         batch_norm: Statistics over all workers ("sync"), the running ones ("frozen"), or those of
             each worker ("local", gives up independence of the number of workers).
         offload_optimizer: Keep masters and Adam's moments in host memory and step them there.
+        activation_checkpointing: Keep only the inputs of the student's encoder blocks and compute
+            the blocks again in the backward: less memory, more time, the same numbers.
         deepspeed: DeepSpeed JSON (a file, or the text) that adds to ours; empty for none. A key
             that contradicts ours is an error.
     """
@@ -29,6 +31,7 @@ class EngineConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     batch_norm: BatchNormMode = "sync"
     offload_optimizer: bool = False
+    activation_checkpointing: bool = False
     deepspeed: str = ""
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from cluster.activation_checkpointing import checkpoint_activations
 from cluster.checkpoint_format import delete_incomplete, list_checkpoints
 from cluster.checkpoints import CheckpointWriter, RunState, restore_checkpoint
 from cluster.config import TrainConfig
@@ -88,6 +89,8 @@ class _Trainer:
             # A group of its own keeps the statistics' asynchronous call apart from the rest.
             self.contrast = PixelContrast(config, device=device, group=dist.new_group())
         set_batch_norm(network, config.engine.batch_norm)
+        if config.engine.activation_checkpointing:
+            checkpoint_activations(network.encoder)
         self.engine = Engine(
             network,
             config.engine,

@@ -11,6 +11,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_grad
 from torch.nn import functional as F
 
+from cluster.activation_checkpointing import checkpoint_activations
 from cluster.config import EngineConfig
 from sepico.config import (
     AugmentationConfig,
@@ -225,7 +226,11 @@ def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str
     adopt_process_group()
     group = dist.new_group()
     for stage, method in cases:
-        engine = EngineConfig(zero_stage=stage, offload_optimizer=method.endswith(" offload"))
+        engine = EngineConfig(
+            zero_stage=stage,
+            offload_optimizer=method.endswith(" offload"),
+            activation_checkpointing=method.endswith(" checkpointed"),
+        )
         gradients = _train(engine, method_config(method, start=0), 1, group)
         state = _train(engine, method_config(method, START), STEPS, group)
         state |= _named("gradient", gradients)
@@ -242,6 +247,8 @@ def _train(engine_config: EngineConfig, config: MethodConfig, steps: int, group)
     use_batch_norm(network, config)
     if teacher is not None:
         use_batch_norm(teacher.network, config)
+    if engine_config.activation_checkpointing:
+        checkpoint_activations(network.encoder)
     engine = Engine(
         network,
         engine_config,

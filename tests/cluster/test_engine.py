@@ -11,16 +11,18 @@ VARIANTS = (
 )  # fmt: skip
 METHODS = ("distcl", *VARIANTS, "source_only")
 STAGES = (0, 1, 2, 3)
+# What changes where and when something is computed, and not what.
+SAME_AS_DISTCL = ("distcl offload", "distcl checkpointed")
 ADAPTING = [
     *[(stage, "distcl") for stage in STAGES],
     *[(1, method) for method in VARIANTS],
-    *[(stage, "distcl offload") for stage in (1, 3)],
+    *[(stage, variant) for stage in (1, 3) for variant in SAME_AS_DISTCL],
 ]
 CASES = [*ADAPTING, (1, "source_only")]
 # The larger matrix: every method under every stage, and 4 workers.
 MATRIX = [
     *[(stage, method) for stage in STAGES for method in METHODS],
-    *[(stage, "distcl offload") for stage in STAGES[1:]],
+    *[(stage, variant) for stage in STAGES[1:] for variant in SAME_AS_DISTCL],
 ]
 # A constant added before a batch-norm is removed by it: these gradients are round-off, which
 # Adam turns into full steps.
@@ -41,7 +43,7 @@ def cases(*without: str):
 def plain() -> dict[str, tuple[dict, dict]]:
     torch.set_num_threads(1)
     found = {method: plain_pytorch(method) for method in METHODS}
-    return found | {"distcl offload": found["distcl"]}
+    return found | dict.fromkeys(SAME_AS_DISTCL, found["distcl"])
 
 
 @pytest.fixture(
