@@ -80,17 +80,18 @@ def draw_boxes(
 def class_balanced_crop(
     labels: Tensor, boxes: Tensor, *, max_ratio: float, ignore_index: int = 255
 ) -> tuple[int, Tensor]:
-    """Score each box of a label map (H, W) and pick the first best: (index, scores (K,) float64).
+    """Score each box of a label map (H, W) and pick the first best: (index, scores (K,) float32).
 
     The score is the sum over classes with more than one pixel of log(pixels); it is 0 for a box
-    of one class, or where the largest class holds a share of `max_ratio` or more.
+    of one class, or where the largest class holds a share of `max_ratio` or more. The sums are the
+    authors' to the bit, float32, so that boxes which tie there tie here.
     """
     scores = []
     for y1, y2, x1, x2 in boxes.tolist():
         _, counts = _unique_labelled(labels[y1:y2, x1:x2], ignore_index)
         balanced = len(counts) > 1 and counts.max() / counts.sum() < max_ratio
-        scores.append(counts[counts > 1].double().log().sum() if balanced else 0.0)
-    scores = torch.tensor([float(score) for score in scores], dtype=torch.float64)
+        scores.append(float(counts[counts > 1].log().sum()) if balanced else 0.0)
+    scores = torch.tensor(scores)
     return int(scores.argmax()), scores
 
 

@@ -83,7 +83,7 @@ class DistContrast(torch.autograd.Function):
         own = labels[:, None]
         weight = torch.ones_like(labels, dtype=logits.dtype)
         if class_weight is not None:
-            weight = class_weight[labels]
+            weight = class_weight[labels].to(logits.dtype)
         losses = weight * (logits.logsumexp(1) - logits.gather(1, own).squeeze(1))
         ctx.save_for_backward(features, labels, mean, variance, logits.softmax(1), weight)
         ctx.temperature = temperature
@@ -117,7 +117,7 @@ class BankContrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features: Tensor, labels: Tensor, bank: FeatureBank, temperature: float):
-        means = bank.means()
+        means = bank.means().to(features.dtype)
         similarity = features @ (means / temperature).T
         # Zero where a class holds no row, unless the pixel is NaN.
         losses = similarity[:, 0] * 0
@@ -129,7 +129,7 @@ class BankContrast(torch.autograd.Function):
         parts = []
         sizes = labels.bincount(minlength=bank.num_classes).tolist()
         for c, of_class in enumerate(labels.argsort().split(sizes)):
-            rows = bank.rows(c)
+            rows = bank.rows(c).to(features.dtype)
             if not len(of_class) or not len(rows):
                 continue
             for pixels in of_class.split(CHUNK):

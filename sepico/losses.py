@@ -11,6 +11,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce  # with gradient
 from torch.nn import functional as F
 
 from sepico.gradients import BankContrast, DistContrast, SelectRows
@@ -82,7 +83,7 @@ def proto_contrast(
     mean: Tensor,
     *,
     temperature: float,
-    count: Tensor | None = None,
+    count: Tensor | int | None = None,
     class_weight: Tensor | None = None,
 ) -> Tensor:
     """ProtoCL: contrast against class prototypes, -log softmax_k(q.m_k / t)[y].
@@ -93,7 +94,8 @@ def proto_contrast(
     """
     check_labels(labels, len(mean))
     _check_temperature(temperature)
-    similarity = features.float() @ mean.T / temperature
+    features = _at_least_float32(features)
+    similarity = features @ mean.T.to(features.dtype) / temperature
     losses = F.cross_entropy(similarity, labels, class_weight, reduction="none")
     return _mean(losses, count)
 
@@ -104,7 +106,7 @@ def bank_contrast(
     bank: FeatureBank,
     *,
     temperature: float,
-    count: Tensor | None = None,
+    count: Tensor | int | None = None,
 ) -> Tensor:
     """BankCL: contrast of a pixel q of class y against every row b of the bank of its class.
 
@@ -118,7 +120,8 @@ def bank_contrast(
     """
     check_labels(labels, bank.num_classes)
     _check_temperature(temperature)
-    return _mean(BankContrast.apply(features.float(), labels, bank, temperature), count)
+    features = _at_least_float32(features)
+    return _mean(BankContrast.apply(features, labels, bank, temperature), count)
 
 
 def dist_contrast(
@@ -128,7 +131,7 @@ def dist_contrast(
     variance: Tensor,
     *,
     temperature: float,
-    count: Tensor | None = None,
+    count: Tensor | int | None = None,
     class_weight: Tensor | None = None,
 ) -> Tensor:
     """DistCL: contrast against class distributions, infinitely many samples in closed form.
@@ -144,10 +147,10 @@ def dist_contrast(
     """
     check_labels(labels, len(mean))
     _check_temperature(temperature)
-    return _mean(
-        DistContrast.apply(features.float(), labels, mean, variance, temperature, class_weight),
-        count,
-    )
+    features = _at_least_float32(features)
+    mean, variance = mean.to(features.dtype), variance.to(features.dtype)
+    per_pixel = DistContrast.apply(features, labels, mean, variance, temperature, class_weight)
+    return _mean(per_pixel, count)
 
 
 def _check_temperature(temperature: float) -> None:
@@ -155,8 +158,13 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature is {temperature}: it must be above 0")
 
 
-def _mean(losses: Tensor, count: Tensor | None) -> Tensor:
-    return losses.sum() / (max(len(losses), 1) if count is None else count.clamp(min=1))
+def _at_least_float32(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def _mean(losses: Tensor, count: Tensor | int | None) -> Tensor:
+    count = len(losses) if count is None else count
+    return losses.sum() / torch.as_tensor(count).clamp(min=1)
 
 
 def regularizer(
@@ -164,25 +172,34 @@ def regularizer(
     mean: Tensor,
     *,
     temperature: float,
-    count: Tensor | None = None,
+    count: Tensor | int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """R = sum_k log p_k / (C log C), p the softmax of the mean feature over the prototypes.
 
-    R is not linear in the mean feature, so with `count` (the global number of pixels) the mean
-    itself is all-reduced, with gradient. Features (N, A), mean (C, A) -> scalar. Raises ValueError
-    for a temperature that is not above 0.
+    R is not linear in the mean feature: over the workers of a group the mean itself is
+    all-reduced, with gradient. `count` is the global number of pixels, summed over `group` where it
+    is not given; `count` without `group` means the default group, neither of them this process
+    alone. Features (N, A), mean (C, A) -> scalar. Raises ValueError for a temperature that is not
+    above 0.
     """
     _check_temperature(temperature)
-    total = features.float().sum(0)
-    if count is None:
-        count = total.new_tensor(len(features))
-    elif dist.is_initialized() and dist.get_world_size(group) > 1:
-        total = torch.distributed.nn.functional.all_reduce(total, group=group or dist.group.WORLD)
-    log_p = F.log_softmax(total / count.clamp(min=1) @ mean.T / temperature, 0)
-    num_classes = len(mean)
+    total = _at_least_float32(features).sum(0)
+    if dist.is_initialized() and not (count is None and group is None):
+        if count is None:
+            count = torch.tensor(len(features), device=features.device)
+            dist.all_reduce(count, group=group)
+        if dist.get_world_size(group) > 1:
+            group = group or dist.group.WORLD
+            total = all_reduce(total, group=group)
+    count = torch.as_tensor(len(features) if count is None else count)
+    # Near the uniform distribution the gradient is a small difference of large terms, of which
+    # float32 loses 4e-4 at temperature 100; these few numbers cost nothing in float64.
+    query = total.double() / count.clamp(min=1)
+    log_p = F.log_softmax(query @ mean.T.double() / temperature, 0)
+    spread = log_p.sum() / (len(mean) * math.log(len(mean)))
     # Without a pixel the authors' loss is 0, not R at the zero feature.
-    return log_p.sum() / (num_classes * math.log(num_classes)) * (count > 0)
+    return (spread * (count > 0)).to(total.dtype)
 
 
 def cross_entropy(

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sepico.statistics import check_labels
+
 
 class ConfusionMatrix:
     """Counts (C, C) int64, rows true and columns predicted classes, ignored pixels left out."""
@@ -16,9 +18,15 @@ class ConfusionMatrix:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Add two integer label maps of one shape."""
+        """Add two integer label maps of one shape.
+
+        Raises ValueError for a label or a prediction on a labelled pixel that is no class.
+        """
         labelled = target != self.ignore_index
-        cells = target[labelled].long() * self.num_classes + prediction[labelled].long()
+        target, prediction = target[labelled].long(), prediction[labelled].long()
+        for classes in (target, prediction):
+            check_labels(classes, self.num_classes)
+        cells = target * self.num_classes + prediction
         counts = torch.bincount(cells.flatten(), minlength=self.num_classes**2)
         self.counts += counts.view(self.num_classes, self.num_classes).cpu()
 

@@ -77,6 +77,12 @@ def test_the_gradient_by_hand_is_that_of_the_formula(term, absent):
     assert (rows.grad - exact.grad).abs().max() < 1e-5 * exact.grad.abs().max()
 
 
+@pytest.mark.parametrize("term", TERMS)
+def test_float64_features_are_computed_in_float64(term):
+    rows, labels = draw(7, WIDTH).double().requires_grad_(), torch.arange(7) % CLASSES
+    assert torch.autograd.gradcheck(lambda q: loss_of(term, q, labels), rows)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
 def test_selected_pixels_and_their_gradient_have_the_place_of_their_label(layout, dtype):
