@@ -20,7 +20,7 @@ def build(name: str) -> nn.Module:
 
 
 def step(encoder: nn.Module) -> tuple[dict[str, torch.Tensor], int]:
-    """Gradients and buffers after two forwards and backwards, and the bytes kept between them."""
+    """Gradients and buffers after two forwards and backwards, and the bytes kept between each."""
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -30,6 +30,7 @@ def step(encoder: nn.Module) -> tuple[dict[str, torch.Tensor], int]:
 
     torch.manual_seed(1)
     for _ in range(2):
+        kept.clear()  # freed memory is used again: an address tells tensors apart in one pass only
         images = torch.randn(2, 3, 64, 64)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             features = encoder(images)
@@ -50,7 +51,7 @@ def test_gradients_buffers_and_random_numbers_are_those_of_the_plain_encoder(nam
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
     assert torch.equal(torch.rand(1), after)
-    assert kept < whole / 2
+    assert kept < 0.6 * whole  # the stem, which is no block, holds half of what resnet18 keeps
 
 
 def test_without_gradients_nothing_is_kept_or_repeated():

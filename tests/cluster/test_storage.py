@@ -83,7 +83,10 @@ def test_a_missing_object_is_named_with_its_url(storage):
         assert str(caught.value) == f"{storage.url}/no/such: no such object"
 
 
+@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
 def test_what_a_killed_writer_left_is_removed(storage, s3, tmp_path):
+    """Google and Azure show nothing of an upload that was never completed."""
+
     def unfinished() -> list:
         if storage.url.startswith("file:"):
             return list((tmp_path / "data").rglob("*#*"))
