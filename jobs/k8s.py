@@ -6,10 +6,10 @@ python -m jobs.k8s status NAME
 python -m jobs.k8s logs NAME
 python -m jobs.k8s stop NAME
 
-`render` prints a RayJob: RayJob/train of an overlay of k8s/ with this run's name, entrypoint and size
-in it. `submit` has the API server validate it strictly, then creates it. Both refuse, before
-anything is sent, a name, preset or option that the run itself would refuse. The rest of the overlay
-(namespace, policies, accounts) is applied once, by `kubectl apply -k k8s/overlays/OVERLAY`.
+`render` prints a RayJob: RayJob/train of an overlay of k8s/ with this run's name, entrypoint and
+size in it. `submit` has the API server validate it strictly, then creates it. Both refuse, before
+anything is sent, a name, preset or option that the run itself would refuse. The rest of the
+overlay (namespace, policies, accounts) is applied once, by `kubectl apply -k`.
 """
 
 import re

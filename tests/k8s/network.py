@@ -30,11 +30,11 @@ def _side(policies: list, kind: str, pod: Peer, other: Peer, port: int, protocol
     """Whether the policies of one end's pod admit the other end."""
     if pod.address or pod.namespace != NAMESPACE:
         return True  # not this namespace's to say
-    mine = [p for p in policies if kind in p["policyTypes"] and _selects(p["podSelector"], pod)]
+    mine = [p for p in policies if kind in p["policyTypes"] and selects(p["podSelector"], pod)]
     key = "to" if kind == "Egress" else "from"
     rules = [rule for policy in mine for rule in policy.get(kind.lower(), [])]
     return not mine or any(
-        _port(rule, port, protocol) and any(_peer(peer, other) for peer in rule.get(key, []))
+        _port(rule, port, protocol) and any(is_peer(peer, other) for peer in rule.get(key, []))
         for rule in rules
     )
 
@@ -44,17 +44,17 @@ def _port(rule: dict, port: int, protocol: str) -> bool:
     return not named or any(p["port"] == port and p["protocol"] == protocol for p in named)
 
 
-def _peer(peer: dict, other: Peer) -> bool:
+def is_peer(peer: dict, other: Peer) -> bool:
     if block := peer.get("ipBlock"):
         return bool(other.address) and _within(other.address, block)
     if other.address:
         return False
     if "namespaceSelector" in peer:
         labels = {"kubernetes.io/metadata.name": other.namespace}
-        inside = _selects(peer["namespaceSelector"], Peer(labels))
+        inside = selects(peer["namespaceSelector"], Peer(labels))
     else:
         inside = other.namespace == NAMESPACE
-    return inside and _selects(peer.get("podSelector", {}), other)
+    return inside and selects(peer.get("podSelector", {}), other)
 
 
 def _within(address: str, block: dict) -> bool:
@@ -64,7 +64,7 @@ def _within(address: str, block: dict) -> bool:
     )
 
 
-def _selects(selector: dict, pod: Peer) -> bool:
+def selects(selector: dict, pod: Peer) -> bool:
     exact = all(pod.labels.get(k) == v for k, v in selector.get("matchLabels", {}).items())
     return exact and all(
         pod.labels.get(e["key"]) in e["values"] for e in selector.get("matchExpressions", [])
