@@ -65,6 +65,7 @@ def test_a_published_experiment_states_its_values(task, head, method, miou):
     assert (config.method, config.model.head) == (method, head)
     assert config.contrast.temperature == 100
     assert config.teacher.day_night == (task == "cityscapes2darkzurich")
+    assert config.teacher.class_weight_std == (0.05 if config.teacher.day_night else 0)
     assert config.optimization.iterations == (60000 if config.teacher.day_night else 40000)
     text = files("jobs").joinpath("presets", f"{name}.yaml").read_text()
     assert f"Published mIoU {miou}" in text
