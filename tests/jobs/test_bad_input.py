@@ -28,6 +28,7 @@ from tests.jobs.training import TINY, run_job
         ({"model.num_classes": "3"}, ["model.num_classes is 3", "5 classes", "set it to 0"]),
         ({"model.encoder_weights": "nowhere.pth"}, ["nowhere.pth"]),
         ({"model.encoder": "no_such_encoder"}, ["no_such_encoder"]),
+        ({"engine.precision": "fp16"}, ["engine.precision fp16 needs GPUs"]),
         ({"workers": "4", "cpus_per_worker": "1"}, ["workers: 4", "2 CPU", "--workers"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
