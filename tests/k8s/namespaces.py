@@ -99,7 +99,12 @@ class Network:
         _sh(f"ip netns add {pod.name}")
         _sh(f"ip link add {pod.name} type veth peer name eth0 netns {pod.name}")
         _sh(f"ip link set {pod.name} master {BRIDGE} up")
-        for command in ("link set lo up", "link set eth0 up", f"addr add {address}/24 dev eth0"):
+        for command in (
+            "link set lo up",
+            f"addr add {address}/24 dev eth0",
+            "link set eth0 up",
+            f"route add default via {NODE}",  # by which Ray finds the address it has
+        ):
             _sh(f"ip -n {pod.name} {command}")
         return pod
 
@@ -120,9 +125,7 @@ class Network:
                 for side in (("Ingress", "from", "saddr", "iif"), ("Egress", "to", "daddr", "oif"))
             )
             command = ["ip", "netns", "exec", pod.name, "nft", "-f", "-"]
-            subprocess.run(
-                command, input=f"table inet policy {{\n{rules}}}\n", text=True, check=True
-            )
+            subprocess.run(command, input=f"table inet pod {{\n{rules}}}\n", text=True, check=True)
 
     def _chain(self, policies: list, pod: Pod, kind: str, key: str, end: str, device: str) -> str:
         mine = [
@@ -136,18 +139,21 @@ class Network:
         ]
         for rule in (rule for policy in mine for rule in policy.get(kind.lower(), [])):
             ports = [f"{p['protocol'].lower()} dport {p['port']}" for p in rule.get("ports", [])]
-            for address in self._addresses(rule.get(key, [])):
-                accepted += [f"ip {end} {address} {port}" for port in ports or [""]]
+            for match in self._matches(rule.get(key, []), f"ip {end}"):
+                accepted += [f"{match} {port}" for port in ports or [""]]
         lines = "".join(f"    {match} accept\n" for match in accepted)
         policy = "drop" if mine else "accept"
         head = f"type filter hook {hook} priority 0; policy {policy};"
         return f"  chain {hook} {{\n    {head}\n{lines}  }}\n"
 
-    def _addresses(self, peers: list) -> Iterator[str]:
+    def _matches(self, peers: list, field: str) -> Iterator[str]:
         for peer in peers:
             if block := peer.get("ipBlock"):
-                yield block["cidr"]  # `except` is of private addresses, as all of these are
-            yield from (pod.address for pod in self.pods.values() if is_peer(peer, pod.peer))
+                outside = f" {field} != {{ {', '.join(e)} }}" if (e := block.get("except")) else ""
+                yield f"{field} {block['cidr']}{outside}"
+            yield from (
+                f"{field} {pod.address}" for pod in self.pods.values() if is_peer(peer, pod.peer)
+            )
 
 
 @contextmanager

@@ -25,15 +25,15 @@ from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 HEAD = "train-x1x2x-head-svc.sepico.svc.cluster.local"
 PART = {"app.kubernetes.io/part-of": "sepico"}
 KEYS = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-STEPS = 240
+STEPS = 100
 OPTIONS = {
     **{k: v for k, v in TINY.items() if k not in ("workers", "panel_every")},
     "optimization.iterations": str(STEPS),
     "optimization.global_batch": "6",
     "optimization.reference_batch": "6",
-    "checkpoint_every": "10",
+    "checkpoint_every": "5",
     "validation.every": str(STEPS),
-    "log_every": "10",
+    "log_every": "5",
     "storage.endpoint": "http://seaweedfs:8333",
 }
 pytestmark = [
@@ -83,7 +83,7 @@ class Cluster:
         pod.kill()
         return took
 
-    def submitter(self, words: str, token: str, source: str = "submitter") -> list[str]:
+    def submitter(self, words: str, token: str, source: str = "submit") -> list[str]:
         """A `ray job` command from the submitter's namespace."""
         pod = self.network.pods[source]
         return [
@@ -133,7 +133,7 @@ def cluster(rendered, k8s, folder, write_dataset, tmp_path) -> Iterator[Cluster]
         net.add("head", {**PART, "ray.io/node-type": "head"})
         for i in range(5):
             net.add(f"worker{i}", {**PART, "ray.io/node-type": "worker"})
-        net.add("submitter", PART)
+        net.add("submit", PART)
         net.add("stranger", {"app": "shell"})
         net.name_hosts({"seaweedfs": store, HEAD: net.pods["head"]})
         container = find(objects, "StatefulSet", "seaweedfs")["spec"]["template"]["spec"][
@@ -169,7 +169,7 @@ def test_a_job_gives_the_same_result_over_a_cut_link_a_killed_worker_and_a_delet
     assert cluster.step("calm") == STEPS
 
     job, times = cluster.submit("faults"), {}
-    wait_until(lambda: cluster.step("faults") >= 20, 180, job)
+    wait_until(lambda: cluster.step("faults") >= 10, 180, job)
     with measured(cluster, times, "link of a worker cut for 60 s", job):
         pods["worker0"].set_link("down")
         until = time.monotonic() + 60
@@ -211,7 +211,7 @@ class measured:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             cluster, times, what, job = self._args
-            wait_until(lambda: cluster.step("faults") > self._step + 10, 300, job)
+            wait_until(lambda: cluster.step("faults") > self._step + 5, 300, job)
             times[what] = time.monotonic() - self._begin
 
 
