@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,51 +34,39 @@ class Pod:
     labels: dict[str, str]
     folder: Path
     process: subprocess.Popen | None = None
-    started: int = 0
 
     @property
     def peer(self) -> Peer:
         return Peer(self.labels)
 
     def start(self, command: list[str], env: dict[str, str], shm: int = 2**30) -> None:
-        """Run a container's command as process 1 of the pod."""
-        tmp = self.folder / f"tmp-{self.started}"
-        tmp.mkdir(parents=True)
-        self.started += 1
+        """Run a container's command as process 1 of the pod; if it ends, it is started again."""
+        tmp = self.folder / "tmp"
+        tmp.mkdir()
         setup = (
             f"mount --bind {tmp} /tmp && mount -t tmpfs -o size={shm} tmpfs /dev/shm"
-            " && mount -o remount,bind,ro / && cd / && exec "
+            f" && mount -o remount,bind,ro / && cd / && exec {shlex.join(command)}"
         )
-        isolated = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        isolated = "unshare --mount --pid --fork --mount-proc --kill-child bash -c"
+        kubelet = f"while true; do {isolated} {shlex.quote(setup)}; sleep 1; done"
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [
-                    "ip",
-                    "netns",
-                    "exec",
-                    self.name,
-                    *isolated,
-                    "bash",
-                    "-c",
-                    setup + shlex.join(command),
-                ],
+                ["ip", "netns", "exec", self.name, "bash", "-c", kubelet],
                 env=container_env(env),
                 stdout=log,
                 stderr=log,
+                start_new_session=True,
             )
 
-    def run(
-        self, command: list[str], env: dict[str, str], **options: Any
-    ) -> subprocess.CompletedProcess:
+    def run(self, command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
         """Run a command in the running pod, as `kubectl exec` and a preStop hook do."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        inside = children.read_text().split()[0]
-        enter = ["nsenter", "--target", inside, "--mount", "--pid", "--net"]
-        return subprocess.run([*enter, *command], env=container_env(env), **options)
+        unshare = _child(self.process.pid)
+        enter = ["nsenter", "--target", _child(unshare), "--mount", "--pid", "--net"]
+        return subprocess.run([*enter, *command], env=container_env(env), check=True)
 
     def kill(self) -> None:
         """End all of its processes at once, without a warning."""
-        self.process.kill()
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def set_link(self, state: str) -> None:
@@ -99,7 +88,12 @@ class Network:
         _sh(f"ip netns add {pod.name}")
         _sh(f"ip link add {pod.name} type veth peer name eth0 netns {pod.name}")
         _sh(f"ip link set {pod.name} master {BRIDGE} up")
-        for command in ("link set lo up", "link set eth0 up", f"addr add {address}/24 dev eth0"):
+        for command in (
+            "link set lo up",
+            f"addr add {address}/24 dev eth0",
+            "link set eth0 up",
+            f"route add default via {NODE}",  # by which Ray finds the address it has
+        ):
             _sh(f"ip -n {pod.name} {command}")
         return pod
 
@@ -120,9 +114,7 @@ class Network:
                 for side in (("Ingress", "from", "saddr", "iif"), ("Egress", "to", "daddr", "oif"))
             )
             command = ["ip", "netns", "exec", pod.name, "nft", "-f", "-"]
-            subprocess.run(
-                command, input=f"table inet policy {{\n{rules}}}\n", text=True, check=True
-            )
+            subprocess.run(command, input=f"table inet pod {{\n{rules}}}\n", text=True, check=True)
 
     def _chain(self, policies: list, pod: Pod, kind: str, key: str, end: str, device: str) -> str:
         mine = [
@@ -136,18 +128,21 @@ class Network:
         ]
         for rule in (rule for policy in mine for rule in policy.get(kind.lower(), [])):
             ports = [f"{p['protocol'].lower()} dport {p['port']}" for p in rule.get("ports", [])]
-            for address in self._addresses(rule.get(key, [])):
-                accepted += [f"ip {end} {address} {port}" for port in ports or [""]]
+            for match in self._matches(rule.get(key, []), f"ip {end}"):
+                accepted += [f"{match} {port}" for port in ports or [""]]
         lines = "".join(f"    {match} accept\n" for match in accepted)
         policy = "drop" if mine else "accept"
         head = f"type filter hook {hook} priority 0; policy {policy};"
         return f"  chain {hook} {{\n    {head}\n{lines}  }}\n"
 
-    def _addresses(self, peers: list) -> Iterator[str]:
+    def _matches(self, peers: list, field: str) -> Iterator[str]:
         for peer in peers:
             if block := peer.get("ipBlock"):
-                yield block["cidr"]  # `except` is of private addresses, as all of these are
-            yield from (pod.address for pod in self.pods.values() if is_peer(peer, pod.peer))
+                outside = f" {field} != {{ {', '.join(e)} }}" if (e := block.get("except")) else ""
+                yield f"{field} {block['cidr']}{outside}"
+            yield from (
+                f"{field} {pod.address}" for pod in self.pods.values() if is_peer(peer, pod.peer)
+            )
 
 
 @contextmanager
@@ -161,17 +156,38 @@ def network(folder: Path) -> Iterator[Network]:
         yield made
     finally:
         for pod in made.pods.values():
-            if pod.process and pod.process.poll() is None:
+            if pod.process and pod.process.returncode is None:
                 pod.kill()
             subprocess.run(["ip", "netns", "del", pod.name])
             subprocess.run(["rm", "-rf", f"/etc/netns/{pod.name}"])
         _sh(f"ip link del {BRIDGE}")
 
 
-def ray_start(group: dict[str, Any], head: str, *, is_head: bool) -> str:
-    """The command that KubeRay 1.7 gives a group's Ray container; `head` is the service's name."""
+def ray_env(group: dict[str, Any], pod: Pod, head: str, token: str) -> dict[str, str]:
+    """A group's Ray container's environment: the manifest's own, and what KubeRay 1.7 adds.
+
+    `head` is the name of the head's service. KUBERAY_GEN_RAY_START_CMD is the pod's command.
+    """
     container = group["template"]["spec"]["containers"][0]
-    limits = container["resources"]["limits"]
+    is_head = "groupName" not in group
+    return {
+        **{variable["name"]: variable["value"] for variable in container["env"]},
+        **({} if is_head else {"FQ_RAY_IP": head, "RAY_IP": head.partition(".")[0]}),
+        "RAY_CLUSTER_NAME": "train-x1x2x",
+        "RAY_CLOUD_INSTANCE_ID": pod.name,
+        "RAY_NODE_TYPE_NAME": "headgroup" if is_head else group["groupName"],
+        "KUBERAY_GEN_RAY_START_CMD": _ray_start(group, head, is_head=is_head),
+        "RAY_PORT": "6379",
+        "RAY_ADDRESS": "127.0.0.1:6379" if is_head else f"{head}:6379",
+        "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
+        "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+    }
+
+
+def _ray_start(group: dict[str, Any], head: str, *, is_head: bool) -> str:
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     params = {
         "num-cpus": limits["cpu"],
         "memory": str(size(limits["memory"])),
@@ -181,30 +197,8 @@ def ray_start(group: dict[str, Any], head: str, *, is_head: bool) -> str:
         **group["rayStartParams"],
         "block": "true",
     }
-    flags = "".join(
-        f" --{k} " if v == "true" else f" --{k}={v} " for k, v in sorted(params.items())
-    )
-    return f"ulimit -n 65536; ray start {'--head ' if is_head else ''}{flags}"
-
-
-def ray_env(group: dict[str, Any], pod: Pod, head: str, start: str, token: str) -> dict[str, str]:
-    """The environment that KubeRay adds to a group's Ray container, and the manifest's own."""
-    container = group["template"]["spec"]["containers"][0]
-    is_head = "address" not in start
-    return {
-        **{variable["name"]: variable["value"] for variable in container["env"]},
-        **({} if is_head else {"FQ_RAY_IP": head, "RAY_IP": head.partition(".")[0]}),
-        "RAY_CLUSTER_NAME": "train-x1x2x",
-        "RAY_CLOUD_INSTANCE_ID": pod.name,
-        "RAY_NODE_TYPE_NAME": group.get("groupName", "headgroup"),
-        "KUBERAY_GEN_RAY_START_CMD": start,
-        "RAY_PORT": "6379",
-        "RAY_ADDRESS": "127.0.0.1:6379" if is_head else f"{head}:6379",
-        "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
-        "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE": "1",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": token,
-    }
+    flags = [f"--{key}" if v == "true" else f"--{key}={v}" for key, v in sorted(params.items())]
+    return " ".join(["ray start", *(["--head"] if is_head else []), *flags])
 
 
 def container_env(env: dict[str, str]) -> dict[str, str]:
@@ -221,6 +215,11 @@ def size(quantity: str) -> int:
     """Bytes of a Kubernetes quantity."""
     number, unit = re.fullmatch(r"(\d+)(\w*)", quantity).groups()
     return int(number) * UNITS.get(unit, 1)
+
+
+def _child(pid: int | str) -> str:
+    """The one child of a process."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
 
 
 def _sh(command: str) -> None:
