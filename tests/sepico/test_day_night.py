@@ -127,6 +127,15 @@ def test_class_weights_multiply_the_cross_entropies(batch, class_weight_std, cla
         assert step.metrics[name].item() == pytest.approx(expected.item(), rel=1e-6), name
 
 
+def test_float64_probabilities_are_fused_in_float64():
+    day, night = torch.rand(2, 1, 19, 2, 3, dtype=torch.float64)
+    fused = fuse_day_night(day, night, day_ratio=0.7)
+    assert fused.dtype == torch.float64
+    road = torch.where(day > 0.4, 0.7 * day + 0.3 * night, 0.3 * day + 0.7 * night)[:, 0]
+    assert torch.allclose(fused[:, 0], road, rtol=1e-12)
+    assert torch.equal(fused[:, 5], night[:, 5])  # a pole does not stand where it stood
+
+
 def test_class_weights_fall_with_the_logarithm_of_the_frequency():
     # Logarithms 1, 2 and 3 to base 10: mean 2, sample standard deviation 1.
     weights = class_weights(torch.tensor([10, 0, 100, 1000]), 0.05)
