@@ -1,6 +1,6 @@
 """Configuration of a training run: the method's sections, and where and on what it runs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cluster.data import DataConfig
@@ -135,6 +135,13 @@ class TrainConfig(MethodConfig):
                 "step, over which the regulariser is not a sum: set contrast.regularizer_weight "
                 "to 0, or micro_batch to 0"
             )
+        if self.engine.deepspeed:
+            # Which needs EngineConfig.
+            from cluster.deepspeed_config import deepspeed_config, read_deepspeed
+
+            # Merged once for the contradictions it refuses.
+            engine = replace(self.engine, deepspeed=read_deepspeed(self.engine.deepspeed))
+            deepspeed_config(engine, self.optimization, self.worker_range.max)
         positive = ("hang_timeout", "log_every", "checkpoint_every", "keep_last", "panel_every")
         for name in positive:
             if getattr(self, name) < 1:

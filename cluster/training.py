@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.checkpoint_format import check_newest, delete_incomplete
 from cluster.config import TrainConfig, WorkerRange
 from cluster.data import check_data
-from cluster.deepspeed_config import deepspeed_config, read_deepspeed
+from cluster.deepspeed_config import read_deepspeed
 from cluster.lease import Lease, hold_lease
 from cluster.manifest import read_manifest
 from cluster.storage import (
@@ -148,9 +148,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
         weights = str(Path(weights).absolute())  # Ray's workers run in a folder of their own
     model = replace(config.model, num_classes=found, encoder_weights=weights)
     engine = replace(config.engine, deepspeed=read_deepspeed(config.engine.deepspeed))
-    deepspeed_config(
-        engine, config.optimization, config.worker_range.max
-    )  # refuses what contradicts ours
     return replace(config, model=model, engine=engine)
 
 
