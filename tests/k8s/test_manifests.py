@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.demo import DemoConfig, dry_run
 from tests.k8s.crds import EXTRACT, extract
 from tests.k8s.manifests import K8S, OVERLAYS, find, problems, render
 
@@ -70,6 +71,13 @@ def test_the_image_passes_the_linter():
     hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
     done = subprocess.run([hadolint, K8S / "Dockerfile"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_check_at_the_end_of_the_images_build_passes(capsys):
+    last = (K8S / "Dockerfile").read_text().splitlines()[-1]
+    assert last == "RUN python -m jobs.demo --dry-run"
+    dry_run(DemoConfig())
+    assert "9 classes" in capsys.readouterr().out
 
 
 def test_the_operators_values_are_restricted_to_one_namespace():

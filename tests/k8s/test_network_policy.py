@@ -49,6 +49,10 @@ REFUSED = {
     "a worker can't talk plain HTTP to the world": (WORKER, STORE, 80),
     "a worker can't talk to the Kubernetes API": (WORKER, API, 443),
     "a worker can't read Redis": (WORKER, REDIS, 6379),
+    "the operator can't reach the head's client port": (OPERATOR, HEAD, 10001),
+    "a worker can't reach other ports of the DNS server": (WORKER, DNS, 9153),
+    "a pod that no policy names can't call": (NEIGHBOUR, STORE, 443),
+    "a pod that no policy names can't be called": (STRANGER, NEIGHBOUR, 80),
 }
 
 
