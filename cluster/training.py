@@ -41,8 +41,8 @@ _CHANGEABLE = {
 
 
 @dataclass(frozen=True)
-class Diverged:
-    """What a worker returns when the numbers are not finite: starting again would not help."""
+class Ended:
+    """What a worker returns of a run that another start would not help: why it ends."""
 
     reason: str
 
@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 folder=config.run,
                 max_failures=config.max_failures,
             )
-    if isinstance(metrics, Diverged):
+    if isinstance(metrics, Ended):
         raise ValueError(f"run {config.run}: {metrics.reason}")
     return {**metrics, "run": config.run}
 

@@ -89,8 +89,9 @@ class Arrow:
         works = (Work([(reader, int(i))], partial(prepare, int(i))) for i in order)
         stream = Prefetcher(works, threads=1, ahead=AHEAD)
         yield from stream
-        reader.close()
+        reader.stop()
         stream.close()
+        reader.close()
 
 
 class Limit(Arrow):

@@ -57,8 +57,9 @@ class Worker:
         self.cache._downloads.submit(lambda: None).result()
 
     def close(self):
-        self.reader.close()
+        self.reader.stop()
         self.cache.close()
+        self.reader.close()
 
 
 @pytest.fixture

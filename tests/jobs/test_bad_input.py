@@ -1,5 +1,8 @@
 """A mistake is one line that names the thing and the fix, and leaves nothing behind."""
 
+import re
+import shutil
+
 import pytest
 
 from cluster.storage import StorageConfig, open_storage
@@ -68,6 +71,19 @@ def test_a_run_that_does_not_exist_is_not_evaluated(tmp_path):
     assert job.returncode != 0
     assert "no run at" in job.stderr
     assert "Traceback" not in job.stderr
+
+
+def test_a_lost_object_ends_the_run_with_its_key_and_is_not_tried_again(data, joined, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(data["data.target"], target)
+    for shard in target.glob("shard-*"):
+        shard.unlink()
+    lost = {**data, "data.target": str(target), "run": "lost"}
+    job = run_job("jobs.train", {**TINY, **lost, "runs": str(tmp_path)})
+    assert job.returncode == 1
+    line = job.stderr.splitlines()[-1]
+    assert re.match(r"error: run .*/lost: sample 'frame\d+' is unreadable: .*no such object", line)
+    assert len(list((tmp_path / "lost/tensorboard").iterdir())) == 1  # one for each start
 
 
 def test_a_run_that_diverges_names_terms_and_samples_and_is_not_tried_again(data, joined, tmp_path):
