@@ -90,6 +90,8 @@ class TrainConfig(MethodConfig):
         keep_best: Checkpoints kept besides for the student's mIoU; a checkpoint has one if its
             step is validated, so make `validation.every` a multiple of `checkpoint_every`.
         panel_every: Steps between pictures of a step.
+        profile: Write a torch profiler trace of a few steps, and the share of each part of them,
+            into the run's `profile/`.
     """
 
     run: str = ""
@@ -105,6 +107,7 @@ class TrainConfig(MethodConfig):
     keep_last: int = 2
     keep_best: int = 1
     panel_every: int = 500
+    profile: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

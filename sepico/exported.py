@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import safetensors.torch
+from safetensors import SafetensorError
 
 from sepico.config import ModelConfig
 from sepico.network import Segmentor, build_segmentor
@@ -30,7 +31,23 @@ def describe(folder: str | Path) -> dict[str, Any]:
 
 
 def load(folder: str | Path) -> Segmentor:
-    """The network in eval mode on the CPU. Raises ValueError as `describe` does."""
-    network = build_segmentor(ModelConfig(**describe(folder)["model"]), with_projection=False)
-    network.load_state_dict(load_file(Path(folder, WEIGHTS)))
+    """The network in eval mode on the CPU.
+
+    Raises ValueError, in one line, as `describe` does, or if the weights are missing or damaged.
+    """
+    description, path = describe(folder), Path(folder, WEIGHTS)
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {WEIGHTS}: write it with `python -m jobs.export`")
+    return build(description, path.read_bytes(), str(path))
+
+
+def build(description: dict[str, Any], weights: bytes, name: str) -> Segmentor:
+    """`load` of what the two files hold; errors call the weights `name`."""
+    network = build_segmentor(ModelConfig(**description["model"]), with_projection=False)
+    try:
+        network.load_state_dict(safetensors.torch.load(weights))
+    except (RuntimeError, SafetensorError):
+        raise ValueError(
+            f"{name} is damaged or of another network than {DESCRIPTION} says: export it again"
+        ) from None
     return network.eval()
