@@ -16,10 +16,12 @@ vector of all parameters (see `cluster.partitions`); the manifest says which.
 
 import json
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -27,7 +29,7 @@ import xxhash
 from safetensors.torch import load
 from torch import Tensor
 
-from cluster.storage import Storage
+from cluster.storage import MissingObjectError, Storage
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -40,6 +42,10 @@ FILE_OF = {
     "exp_avg_sq": "optimizer",
 }
 READERS = 4  # files read at once
+
+
+class DamagedCheckpointError(ValueError):
+    """A file of a complete checkpoint is missing or not what was written; one line names it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Checkpoint:
     zero_stage: int
     shapes: dict[str, list[int]]  # of the parameters, by name, in the order of the vectors
     optimizer_steps: dict[str, int]  # by group name
+    loss_scale: dict[str, float] = field(default_factory=dict)  # under fp16
     metrics: dict[str, float] = field(default_factory=dict)  # of the validation at this step
     files: dict[str, str] = field(default_factory=dict)  # name -> xxh3-64 of the content
     runs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
@@ -99,16 +106,50 @@ def delete_checkpoint(storage: Storage, checkpoint: Checkpoint) -> None:
         storage.delete(f"{checkpoint.prefix}/{name}")
 
 
-def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """The tensors of one file; ValueError that names it when it is missing or damaged."""
+def check_newest(storage: Storage, *, fall_back: bool) -> Checkpoint | None:
+    """The newest checkpoint, each of its files read and compared; None where there is none.
+
+    With `fall_back` one that is damaged is deleted and the one before is taken, if there is one.
+    Raises DamagedCheckpointError. For the run's only writer.
+    """
+    complete = list_checkpoints(storage)
+    while complete:
+        newest = complete.pop()
+        try:
+            with ThreadPoolExecutor(READERS) as pool:
+                for _ in pool.map(partial(_content, storage, newest), newest.files):
+                    pass
+        except DamagedCheckpointError as error:
+            if not complete:
+                raise DamagedCheckpointError(f"{error}; there is none before it") from None
+            before = f"the checkpoint of step {complete[-1].step}"
+            if not fall_back:
+                raise DamagedCheckpointError(
+                    f"{error}: restore it, or continue from {before} with --fall_back true"
+                ) from None
+            print(f"{error}: deleted, continuing from {before}", file=sys.stderr, flush=True)
+            delete_checkpoint(storage, newest)
+        else:
+            return newest
+    return None
+
+
+def _content(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
     key = f"{checkpoint.prefix}/{name}"
-    content = storage.get(key)
+    try:
+        content = storage.get(key)
+    except MissingObjectError:
+        raise DamagedCheckpointError(f"{storage.url}/{key} is missing") from None
     if xxhash.xxh3_64_hexdigest(content) != checkpoint.files[name]:
-        raise ValueError(
-            f"{storage.url}/{key} is damaged: its checksum is not the manifest's; "
-            f"delete {checkpoint.prefix}/{MANIFEST} to fall back to the checkpoint before"
+        raise DamagedCheckpointError(
+            f"{storage.url}/{key} is damaged: its checksum is not the manifest's"
         )
-    return load(content)
+    return content
+
+
+def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """The tensors of one file; DamagedCheckpointError names it when it is missing or damaged."""
+    return load(_content(storage, checkpoint, name))
 
 
 def read_runs(

@@ -29,6 +29,7 @@ from cluster.checkpoint_format import (
 )
 from cluster.engine import Engine
 from cluster.lease import Lease
+from cluster.loss_scale import LossScale
 from cluster.partitions import (
     OptimizerPartition,
     Piece,
@@ -94,6 +95,7 @@ class CheckpointWriter:
             zero_stage=state.engine.stage,
             shapes=parameter_shapes(state.engine.module.module),
             optimizer_steps=OptimizerPartition(state.engine.module, state.engine.stage).steps(),
+            loss_scale=asdict(state.engine.loss_scale) if state.engine.loss_scale else {},
             metrics=metrics,
             runs=runs,
         )
@@ -218,6 +220,8 @@ def restore_checkpoint(storage: Storage, checkpoint: Checkpoint, state: RunState
     OptimizerPartition(state.engine.module, state.engine.stage).load(
         checkpoint.optimizer_steps, read
     )
+    if state.engine.loss_scale:
+        state.engine.loss_scale = LossScale(**checkpoint.loss_scale)
     if state.contrast is not None:
         state.contrast.load_state_dict(read_buffers(storage, checkpoint, "statistics"))
     return checkpoint.step

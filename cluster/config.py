@@ -1,6 +1,6 @@
 """Configuration of a training run: the method's sections, and where and on what it runs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cluster.data import DataConfig
@@ -17,7 +17,7 @@ class EngineConfig:
         zero_stage: DeepSpeed ZeRO stage: 0 replicates, 1 shards optimiser state, 2 gradients too,
             3 parameters too.
         precision: "bf16" is autocast over float32 parameters; "auto" takes it where the hardware
-            computes in it.
+            computes in it. "fp16", for GPUs before Ampere, besides scales the loss.
         batch_norm: Statistics over all workers ("sync"), the running ones ("frozen"), or those of
             each worker ("local", gives up independence of the number of workers).
         offload_optimizer: Keep masters and Adam's moments in host memory and step them there.
@@ -28,7 +28,7 @@ class EngineConfig:
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     batch_norm: BatchNormMode = "sync"
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
@@ -89,6 +89,8 @@ class TrainConfig(MethodConfig):
         keep_last: Newest checkpoints that are kept.
         keep_best: Checkpoints kept besides for the student's mIoU; a checkpoint has one if its
             step is validated, so make `validation.every` a multiple of `checkpoint_every`.
+        fall_back: If the newest checkpoint has a missing or damaged file, delete it and continue
+            from the one before; otherwise such a file is an error.
         panel_every: Steps between pictures of a step.
         profile: Write a torch profiler trace of a few steps, and the share of each part of them,
             into the run's `profile/`.
@@ -106,6 +108,7 @@ class TrainConfig(MethodConfig):
     checkpoint_every: int = 1000
     keep_last: int = 2
     keep_best: int = 1
+    fall_back: bool = False
     panel_every: int = 500
     profile: bool = False
     data: DataConfig = field(default_factory=DataConfig)
@@ -135,6 +138,13 @@ class TrainConfig(MethodConfig):
                 "step, over which the regulariser is not a sum: set contrast.regularizer_weight "
                 "to 0, or micro_batch to 0"
             )
+        if self.engine.deepspeed:
+            # Which needs EngineConfig.
+            from cluster.deepspeed_config import deepspeed_config, read_deepspeed
+
+            # Merged once for the contradictions it refuses.
+            engine = replace(self.engine, deepspeed=read_deepspeed(self.engine.deepspeed))
+            deepspeed_config(engine, self.optimization, self.worker_range.max)
         positive = ("hang_timeout", "log_every", "checkpoint_every", "keep_last", "panel_every")
         for name in positive:
             if getattr(self, name) < 1:

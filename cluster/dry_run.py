@@ -17,7 +17,7 @@ from cluster.manifest import Manifest, read_manifest
 from cluster.sampling import Sampler
 from cluster.storage import StorageConfig, absolute_url, open_storage
 from cluster.training import resolve
-from sepico.network import Segmentor, build_segmentor, check_model
+from sepico.network import Segmentor, check_model
 from sepico.schedule import contrast_start_step, learning_rate
 
 MIB = 1024**2
@@ -36,9 +36,8 @@ def describe(config: TrainConfig) -> None:
     classes = config.model.num_classes or source.taxonomy.num_classes
     config = replace(config, model=replace(config.model, num_classes=classes, encoder_weights=None))
     crop = config.data.crop_height, config.data.crop_width
-    check_model(config.model, crop)
     adapts = config.method != "source_only"
-    network = build_segmentor(config.model, with_projection=adapts)
+    network = check_model(config.model, crop, with_projection=adapts)
     print(f"method            {config.method}, {classes} classes, crops {crop[1]}x{crop[0]}")
     print("parameters")
     for group in parameter_groups(network, config.optimization):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cluster.config import EngineConfig
 from cluster.deepspeed_config import ZERO_3, deepspeed_config
+from cluster.loss_scale import LossScale
 from cluster.partitions import held_weights
 from sepico.config import OptimizationConfig
 from sepico.schedule import learning_rate
@@ -42,7 +43,7 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
             capability = torch.backends.cpu.get_cpu_capability()
             fast = "AVX512" in capability and _cpu_has_bf16()
         precision = "bf16" if fast else "fp32"
-    return torch.bfloat16 if precision == "bf16" else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
 def _cpu_has_bf16() -> bool:
@@ -105,6 +106,10 @@ def adopt_process_group() -> None:
     """Let DeepSpeed use the process group that exists."""
     # DeepSpeed would compile a shared-memory kernel here: minutes, and a compiler at hand.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    # It would load torch's compiler for its Muon optimiser alone: 4 CPU-s in every worker.
+    importlib.import_module("deepspeed.runtime.compiler").compile = lambda: (
+        lambda function: function
+    )
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
 
 
@@ -144,6 +149,7 @@ class Engine:
         self.stage = config.zero_stage
         self.optimization = optimization
         self.projection_start = projection_start
+        self.loss_scale = LossScale() if config.precision == "fp16" else None
         self.gradient_norm = math.nan  # of the latest step, over all parameters and ranks
         groups = parameter_groups(network, optimization)
         optimizer = PausableAdamW(groups, lr=optimization.lr, betas=optimization.betas, fused=True)
@@ -161,31 +167,52 @@ class Engine:
         """Backward of each term as it comes, then the optimiser step of 0-based step `step`.
 
         Raises DivergenceError before the optimiser moves if a term or a gradient is not finite on
-        any rank.
+        any rank. Under fp16 a gradient that overflows by its loss scale alone leaves the step out.
         """
         self._set_rates(step)
-        if not self.stage:  # stage 0 has no coalescing: accumulate locally, reduce once below
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        if self.stage:
+            self.module.optimizer.loss_scale = scale  # its backward multiplies, its step divides
+        else:  # stage 0 has no coalescing: accumulate locally, reduce once below
             self.module.set_gradient_accumulation_boundary(False)
+        finite = True
         with self.module.coalesce_grad_reduction() if self.stage else nullcontext():
             # Leaving the block reduces gradients with all ranks, so nothing may raise inside it.
             for term in terms:
                 # A loss that is not finite makes the gradient so: its norm tells all ranks.
-                poison = torch.where(term.detach().isfinite(), 1.0, math.nan)
-                self.module.backward(term * poison)
+                finite = term.detach().isfinite() & finite
+                poisoned = term * torch.where(finite, 1.0, math.nan)
+                self.module.backward(poisoned if self.stage else poisoned * scale)
         if self.stage:
             self.module.step()  # leaves everything as it is where the global norm is not finite
-            diverged = self.module.optimizer.overflow
-            self.gradient_norm = math.nan if diverged else float(self.module.get_global_grad_norm())
+            overflow = self.module.optimizer.overflow
+            self.gradient_norm = math.nan if overflow else float(self.module.get_global_grad_norm())
         else:
-            self.module.set_gradient_accumulation_boundary(True)
-            self.module.allreduce_gradients()
-            gradients = [p.grad for p in self.module.module.parameters() if p.grad is not None]
-            self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
-            diverged = not math.isfinite(self.gradient_norm)
-            if not diverged:
-                self.module.step()
-        if diverged:
+            overflow = self._step_replicated(scale)
+        if overflow and (scale == 1 or not self._everywhere(finite)):
             raise DivergenceError(f"the gradient of step {step} is not finite")
+        if self.loss_scale:
+            self.loss_scale.update(overflow=overflow)
+
+    def _step_replicated(self, scale: float) -> bool:
+        """Reduce the gradients, and step if they are finite; returns whether they are not."""
+        self.module.set_gradient_accumulation_boundary(True)
+        self.module.allreduce_gradients()
+        gradients = [p.grad for p in self.module.module.parameters() if p.grad is not None]
+        torch._foreach_div_(gradients, scale)
+        self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(self.gradient_norm):
+            self.module.step()
+            return False
+        self.gradient_norm = math.nan
+        self.module.optimizer.zero_grad()
+        return True
+
+    @staticmethod
+    def _everywhere(finite: Tensor) -> bool:
+        everywhere = finite.float()
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        return bool(everywhere)
 
     def _set_rates(self, step: int) -> None:
         rate = learning_rate(step, self.optimization)

@@ -99,12 +99,15 @@ class TrainLoader:
             yield _collate(step, list(self._slots), prepared, ignore_index)
 
     def close(self) -> None:
-        """Drop what was prepared ahead; returns when no thread and no unfinished file is left."""
-        self._source.close()
-        self._target.close()
+        """Drop what was prepared ahead; no thread, connection or unfinished file is left."""
+        readers = self._source, self._target
+        for reader in readers:
+            reader.stop()
         self._prefetcher.close()
         if self._cache is not None:
             self._cache.close()
+        for reader in readers:
+            reader.close()
 
     def _works(self) -> Iterator[Work[Prepared]]:
         for step in count(self._start):
@@ -149,8 +152,9 @@ def load_samples(reader: ShardReader, indices: Iterable[int], threads: int = 2) 
     try:
         yield from prefetcher
     finally:
-        reader.close()
+        reader.stop()
         prefetcher.close()
+        reader.close()
 
 
 def _collate(step: int, slots: list[int], prepared: list[Prepared], ignore_index: int) -> Batch:

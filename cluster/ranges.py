@@ -30,6 +30,10 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 20.0
 DAMAGED_ATTEMPTS = 4
 
 
+class DamagedObjectError(StorageError):
+    """The one line of bytes that are not what was written, however often they are read."""
+
+
 class ReadCounters:
     """Requests, retries, bytes, samples and cache_hits, counted by many threads."""
 
@@ -55,7 +59,7 @@ class RangeReader:
         self.url = storage.url
         self.counters = counters or ReadCounters()
         self._storage = storage
-        self._closed = threading.Event()
+        self._stopped = threading.Event()
 
     def read(
         self, key: str, offset: int, length: int, damage: Callable[[pa.Buffer], str | None]
@@ -80,17 +84,23 @@ class RangeReader:
                     return body
                 reason = f"{self.url}/{key}: {reason}"
                 damaged += 1
-            if damaged == DAMAGED_ATTEMPTS or attempt == ATTEMPTS or self._pause(attempt):
+            if damaged == DAMAGED_ATTEMPTS:
+                raise DamagedObjectError(f"{reason} ({attempt} attempts)")
+            if attempt == ATTEMPTS or self._pause(attempt):
                 break
             self.counters.add(retries=1)
         raise StorageError(f"{reason} ({attempt} attempts)")
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """End reads that pause before another attempt."""
-        self._closed.set()
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Close the connections, once no thread reads any more."""
+        self._storage.close()
 
     def _pause(self, attempt: int) -> bool:
-        """Wait before the next attempt; True when closed meanwhile."""
+        """Wait before the next attempt; True when stopped meanwhile."""
         pause = min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S)
         # Workers that failed together must not come back together.
-        return self._closed.wait(pause * random.uniform(0.5, 1.5))
+        return self._stopped.wait(pause * random.uniform(0.5, 1.5))

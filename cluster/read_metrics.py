@@ -52,3 +52,15 @@ def summarize(sums: list[float]) -> dict[str, float]:
         "data_queue_depth": queued / max(steps, 1),
         "data_wait_share": waited / max(seconds, 1e-9),
     }
+
+
+def shown(figures: dict[str, float]) -> dict[str, str]:
+    """What `summarize` found, as a progress bar shows it."""
+    return {
+        "data wait": f"{figures['data_wait_share']:.0%}",
+        "queue": f"{figures['data_queue_depth']:.1f}",
+        "MB/s": f"{figures['data_bytes_per_second'] / 1e6:.1f}",
+        "requests/s": f"{figures['data_requests_per_second']:.0f}",
+        "retries": f"{figures['data_retries']:.0f}",
+        "cache hits": f"{figures['data_cache_hit_share']:.0%}",
+    }

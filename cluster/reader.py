@@ -17,9 +17,20 @@ from torchvision.io import ImageReadMode, decode_image
 
 from cluster.cache import ShardCache
 from cluster.manifest import Manifest, read_manifest
-from cluster.ranges import PATIENCE, RangeReader, ReadCounters
+from cluster.ranges import PATIENCE, DamagedObjectError, RangeReader, ReadCounters
 from cluster.shards import LABEL_CODEC, shard_schema
-from cluster.storage import Storage, StorageConfig, StorageError, open_storage
+from cluster.storage import (
+    AccessDeniedError,
+    MissingObjectError,
+    Storage,
+    StorageConfig,
+    StorageError,
+    open_storage,
+)
+
+
+class LostSampleError(StorageError):
+    """The one line of a sample that another attempt, or another worker, would not get either."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,8 @@ class ShardReader:
     def fetch(self, indices: Sequence[int]) -> list[pa.Buffer]:
         """The verified bytes of samples of one shard, sorted by place, in one request.
 
-        Raises StorageError with the key of one that cannot be read.
+        Raises StorageError with the key of one that cannot be read, LostSampleError where its
+        object is missing, denied or damaged.
         """
         self._ranges.counters.add(samples=len(indices))
         manifest = self.manifest
@@ -92,7 +104,9 @@ class ShardReader:
             return self._split(indices, self._ranges.read(shard.name, begin, end - begin, damage))
         except StorageError as error:
             key = manifest.keys[failed]
-            raise StorageError(f"sample {key!r} is unreadable: {error}") from None
+            lost = isinstance(error, (MissingObjectError, AccessDeniedError, DamagedObjectError))
+            kind = LostSampleError if lost else StorageError
+            raise kind(f"sample {key!r} is unreadable: {error}") from None
 
     def decode(self, index: int, payload: pa.Buffer) -> Sample:
         batch = pa.ipc.read_record_batch(payload, self._schema)
@@ -110,7 +124,7 @@ class ShardReader:
             label = torch.frombuffer(plane, dtype=torch.uint8).view(size)
         if self._references:
             if not batch["reference"][0].is_valid:
-                raise StorageError(
+                raise LostSampleError(
                     f"sample {key!r} of {self.manifest.url} has no reference image, which "
                     "teacher.day_night needs: ingest it with references/ beside images/ (of "
                     "dark_zurich the split train), or set it to false"
@@ -118,8 +132,12 @@ class ShardReader:
             reference = self._image(key, batch["reference"][0])
         return Sample(key, image, label, reference)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """End reads that wait to be repeated: they raise StorageError."""
+        self._ranges.stop()
+
+    def close(self) -> None:
+        """Close the connections, once no thread reads any more."""
         self._ranges.close()
 
     def _split(self, indices: Sequence[int], body: pa.Buffer) -> list[pa.Buffer]:
@@ -146,7 +164,7 @@ class ShardReader:
         try:
             return decode_image(torch.from_dlpack(encoded), mode=ImageReadMode.RGB)
         except RuntimeError as error:
-            raise StorageError(f"sample {key!r} of {self.manifest.url}: {error}") from None
+            raise LostSampleError(f"sample {key!r} of {self.manifest.url}: {error}") from None
 
 
 def open_reader(

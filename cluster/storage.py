@@ -192,6 +192,10 @@ class Storage:
             elif refusal := stores.s3_refusal(self._bucket, self._config):
                 raise StorageError(f"{self.url}: {refusal}")
 
+    def close(self) -> None:
+        """Close the connections; a later request opens others."""
+        self.__dict__.pop("_store", None)
+
     @cached_property
     def _store(self) -> ObjectStore:
         if self._scheme == "file" and not Path(self._path).is_dir():

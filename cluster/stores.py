@@ -35,6 +35,9 @@ CREDENTIALS_FIX = {
     "file": "change the folder's permissions",
 }
 CONNECT_TIMEOUT_S = 3
+# boto3 renews a role's keys when ten minutes of them are left, so whoever has just asked it may use
+# them for so long. The client would by default keep them for half an hour.
+KEYS_LAST = timedelta(minutes=10)
 
 
 class NoCredentialsError(ValueError):
@@ -51,7 +54,9 @@ def open_store(
     if scheme == "s3":
         if not config.anonymous:
             try:
-                options["credential_provider"] = Boto3CredentialProvider(boto3.Session())
+                options["credential_provider"] = Boto3CredentialProvider(
+                    boto3.Session(), ttl=KEYS_LAST
+                )
             except ValueError:
                 raise NoCredentialsError from None
         return S3Store(bucket, **options, **_client(config, patience))

@@ -100,6 +100,7 @@ class ProgressActor:
         self._latest: dict[str, Any] = {}
         self._events: list[tuple[str, str, dict[str, Any]]] = []
         self._hung: dict[tuple[int, str], list[int]] = {}
+        self._end_reason = ""
 
     def update(self, done: int, total: int, shown: dict[str, str]) -> None:
         self._latest = {"done": done, "total": total, "shown": shown}
@@ -111,6 +112,14 @@ class ProgressActor:
     def hung(self, rank: int, step: int, stacks: str) -> None:
         """Show, in one line for all ranks, that a step hangs and where their stack traces lie."""
         self._hung.setdefault((step, stacks), []).append(rank)
+
+    def end(self, reason: str) -> None:
+        """Let the run end at the next start of its workers."""
+        self._end_reason = reason
+
+    def end_reason(self) -> str:
+        """Why the run ends; empty while it goes on."""
+        return self._end_reason
 
     def latest(self) -> tuple[dict[str, Any], list[tuple[str, str, dict[str, Any]]]]:
         """Progress, and the events since the last call."""

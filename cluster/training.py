@@ -18,12 +18,13 @@ from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.checkpoint_format import check_newest, delete_incomplete
 from cluster.config import TrainConfig, WorkerRange
 from cluster.data import check_data
-from cluster.deepspeed_config import deepspeed_config, read_deepspeed
+from cluster.deepspeed_config import read_deepspeed
 from cluster.errors import WorkError
 from cluster.events import EVENTS, log_event
-from cluster.lease import hold_lease
+from cluster.lease import Lease, hold_lease
 from cluster.manifest import read_manifest
 from cluster.storage import (
     Storage,
@@ -42,15 +43,16 @@ ABORT_TIMEOUT_S = 15
 # What a continued run may change: where and how long it runs, not what it computes.
 _CHANGEABLE = {
     "run", "runs", "workers", "cpus_per_worker", "placement_timeout", "max_failures",
-    "hang_timeout", "log_every", "checkpoint_every", "keep_last", "keep_best", "panel_every",
-    "profile", "storage", "validation", "data.cache", "data.cache_bytes", "data.threads",
+    "hang_timeout", "log_every", "checkpoint_every", "keep_last", "keep_best", "fall_back",
+    "panel_every", "profile", "storage", "validation", "data.cache", "data.cache_bytes",
+    "data.threads",
     "data.prefetch", "engine.zero_stage", "engine.offload_optimizer", "engine.deepspeed",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Diverged:
-    """What a worker returns when the numbers are not finite: starting again would not help."""
+class Ended:
+    """What a worker returns of a run that another start would not help: why it ends."""
 
     reason: str
 
@@ -106,38 +108,45 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config = resolve(config)
     run = open_storage(config.run, config.storage)
     run.check()
-    _check_config(run, config)
+    wanted = _described(config)
+    _check_config(run, wanted)
     check_model(config.model, (config.data.crop_height, config.data.crop_width))
     connect_ray()
+    if config.engine.precision == "fp16" and not use_gpu():
+        raise ValueError("engine.precision fp16 needs GPUs: take bf16 or fp32")
     cpus = _place_range(config)
     with hold_lease(run) as lease:
-        _check_config(run, config)  # once more: another writer may have begun the run since
-        run.put(CONFIG, json.dumps(asdict(config), indent=1).encode())
-        # Beside the driver, so that no lost worker's node takes it along.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        progress = ProgressActor.options(scheduling_strategy=here).remote()
-        payload = {
-            "config": replace(config, cpus_per_worker=cpus),
-            "run_url": config.run,
-            "lease": lease,
-            "progress": progress,
-        }
-        fields = {"run": config.run, "method": config.method, "steps": config.optimization.steps}
-        log_event("info", "started", fields)
-        with ProgressDisplay(progress, config.method, "step"):
-            metrics = launch(
-                "cluster.worker:train_worker",
-                payload,
-                workers=config.worker_range,
-                cpus=cpus,
-                storage=config.storage,
-                folder=config.run,
-                max_failures=config.max_failures,
-            )
-    if isinstance(metrics, Diverged):
+        _check_config(run, wanted)  # once more: another writer may have begun the run since
+        newest = check_newest(run, fall_back=config.fall_back)
+        if newest is not None and newest.step >= config.optimization.steps:
+            delete_incomplete(run)
+            return {**newest.metrics, "run": config.run}
+        run.put(CONFIG, json.dumps(wanted, indent=1).encode())
+        metrics = _train(replace(config, cpus_per_worker=cpus), lease)
+    if isinstance(metrics, Ended):
         raise WorkError(f"run {config.run}: {metrics.reason}")
     log_event("info", "finished", {"run": config.run, **metrics})
     return {**metrics, "run": config.run}
+
+
+def _train(config: TrainConfig, lease: Lease) -> dict[str, float] | Ended:
+    """Run the group of workers and show its progress."""
+    # Beside the driver, so that no lost worker's node takes it along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    progress = ProgressActor.options(scheduling_strategy=here).remote()
+    payload = {"config": config, "run_url": config.run, "lease": lease, "progress": progress}
+    fields = {"run": config.run, "method": config.method, "steps": config.optimization.steps}
+    log_event("info", "started", fields)
+    with ProgressDisplay(progress, config.method, "step"):
+        return launch(
+            "cluster.worker:train_worker",
+            payload,
+            workers=config.worker_range,
+            cpus=config.cpus_per_worker,
+            storage=config.storage,
+            folder=config.run,
+            max_failures=config.max_failures,
+        )
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -178,9 +187,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
         weights = str(Path(weights).absolute())  # Ray's workers run in a folder of their own
     model = replace(config.model, num_classes=found, encoder_weights=weights)
     engine = replace(config.engine, deepspeed=read_deepspeed(config.engine.deepspeed))
-    deepspeed_config(
-        engine, config.optimization, config.worker_range.max
-    )  # refuses what contradicts ours
     return replace(config, model=model, engine=engine)
 
 
@@ -196,11 +202,17 @@ def load_config(run: Storage) -> dict[str, Any]:
     return json.loads(run.get(CONFIG))
 
 
-def _check_config(run: Storage, config: TrainConfig) -> None:
+def _described(config: TrainConfig) -> dict[str, Any]:
+    """What a run's config.json says: the configuration, and the classes of its data."""
+    data = read_manifest(open_storage(config.data.source, config.storage))
+    described = asdict(config) | {"classes": data.taxonomy.names}
+    return json.loads(json.dumps(described))
+
+
+def _check_config(run: Storage, wanted: dict[str, Any]) -> None:
     """Refuse to continue a run with a configuration that contradicts its own."""
     if not run.exists(CONFIG):
         return
-    wanted = json.loads(json.dumps(asdict(config)))
     for key, (old, new) in _differences(load_config(run), wanted).items():
         raise ValueError(
             f"run {run.url} was started with {key} = {old!r}, now it is {new!r}: "

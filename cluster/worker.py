@@ -5,10 +5,12 @@ import json
 import time
 from typing import Any
 
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
 
+from cluster import read_metrics
 from cluster.activation_checkpointing import checkpoint_activations
 from cluster.checkpoint_format import Checkpoint, delete_incomplete, list_checkpoints
 from cluster.checkpoints import CheckpointWriter, RunState, restore_checkpoint
@@ -26,10 +28,10 @@ from cluster.inference import evaluate_network
 from cluster.lease import Lease
 from cluster.loader import Batch, TrainLoader
 from cluster.profiling import StepProfiler
-from cluster.read_metrics import summarize
+from cluster.reader import LostSampleError
 from cluster.storage import Storage, open_storage
 from cluster.telemetry import RunLog, used_bytes
-from cluster.training import Diverged
+from cluster.training import Ended
 from cluster.watchdog import Watchdog
 from sepico.contrast import PixelContrast
 from sepico.network import Segmentor, build_segmentor
@@ -43,18 +45,21 @@ from sepico.teacher import Teacher, class_weights
 PREEMPTION_POLL_STEPS = 5
 
 
-def train_worker(payload: dict[str, Any]) -> dict[str, float] | Diverged:
+def train_worker(payload: dict[str, Any]) -> dict[str, float] | Ended:
     """Train until the last step, from the newest checkpoint of the run if there is one.
 
     Runs on every worker of a Ray Train group; `payload` holds `config` (TrainConfig with absolute
     URLs and a resolved number of CPUs), `run_url`, `lease` and `progress` (a ProgressActor).
-    Returns the last validation's metrics, or, of a run that diverged, what `Diverged` says: an
-    error would be tried again. Raises LeaseError where the run has another writer.
+    Returns the last validation's metrics, or `Ended` of a run that diverged or that lost a sample:
+    Ray starts the workers again after any error. Raises LeaseError where the run has another
+    writer.
     """
     config: TrainConfig = payload["config"]
+    lease, progress = payload["lease"], payload["progress"]
+    if reason := ray.get(progress.end_reason.remote()):
+        return Ended(reason)
     device = set_up_process(config.cpus_per_worker)
     run = open_storage(payload["run_url"], config.storage)
-    lease, progress = payload["lease"], payload["progress"]
     with Watchdog(config.hang_timeout, run, dist.get_rank(), progress) as watchdog:
         if dist.get_rank() == 0:
             lease.renew(run)
@@ -62,6 +67,10 @@ def train_worker(payload: dict[str, Any]) -> dict[str, float] | Diverged:
         trainer = _Trainer(config, device, run, lease, progress, watchdog)
         try:
             return trainer.train()
+        except LostSampleError as error:
+            # The others wait for this rank in a collective: only a new start ends all of them.
+            ray.get(progress.end.remote(str(error)))
+            raise
         finally:
             trainer.close()
 
@@ -169,7 +178,7 @@ class _Trainer:
             return 0
         return restore_checkpoint(self.run, existing[-1], self.state)
 
-    def train(self) -> dict[str, float] | Diverged:
+    def train(self) -> dict[str, float] | Ended:
         validated: dict[str, float] = {}
         timer = _Timer(self.start)
         self.batches = iter(self.loader)
@@ -216,7 +225,7 @@ class _Trainer:
     def _next_batch(self) -> Batch:
         return next(self.batches)
 
-    def _diverged(self, step: int, batch: Batch) -> Diverged:
+    def _diverged(self, step: int, batch: Batch) -> Ended:
         """Say what is not finite and on which samples. A collective."""
         if self.log:
             self.log.diverged()
@@ -230,7 +239,7 @@ class _Trainer:
         keys = "; ".join(key for _, samples in guilty for key in samples)
         self.checkpoints.wait()
         saved = list_checkpoints(self.run)
-        return Diverged(
+        return Ended(
             f"step {step} is not finite ({', '.join(names)}), samples {keys}: nothing was updated, "
             f"the last checkpoint is of step {saved[-1].step if saved else 0}; lower "
             "optimization.lr or look at these samples"
@@ -284,9 +293,10 @@ class _Trainer:
         metrics["learning_rate"] = learning_rate(step, self.config.optimization)
         rate = timer.steps_per_second(step + 1)
         metrics["images_per_second"] = rate * self.config.optimization.global_batch
-        reading = torch.tensor(self.loader.metrics.take(), dtype=torch.float64).to(self.device)
-        dist.all_reduce(reading)
-        metrics |= summarize(reading.tolist())
+        sums = torch.tensor(self.loader.metrics.take(), dtype=torch.float64).to(self.device)
+        dist.all_reduce(sums)
+        reading = read_metrics.summarize(sums.tolist())
+        metrics |= reading
         memory = torch.tensor(used_bytes(self.device), dtype=torch.float64, device=self.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         metrics["memory_bytes"] = memory.item()
@@ -298,10 +308,7 @@ class _Trainer:
                 if name in metrics and "regularizer" not in name
             }
             shown["images/s"] = f"{metrics['images_per_second']:.1f}"
-            shown["MB/s"] = f"{metrics['data_bytes_per_second'] / 1e6:.1f}"
-            shown["data wait"] = f"{metrics['data_wait_share']:.0%}"
-            if metrics["data_retries"]:
-                shown["retries"] = f"{metrics['data_retries']:.0f}"
+            shown |= read_metrics.shown(reading)
             self.progress.update.remote(step + 1, self.steps, shown)
 
     def _class_means(self) -> dict[str, float]:

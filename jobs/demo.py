@@ -21,7 +21,7 @@ from cluster.reader import open_reader
 from cluster.storage import StorageConfig, absolute_url, open_storage
 from cluster.training import connect_ray, train
 from jobs.command_line import parse, run
-from jobs.street_scenes import write_dataset
+from jobs.street_scenes import TAXONOMY, write_dataset
 from sepico.panels import image_grid
 
 # name: (domain, images, labelled)
@@ -77,6 +77,14 @@ def main(config: DemoConfig) -> None:
     print(f"picture: {picture}")
 
 
+def dry_run(config: DemoConfig) -> None:
+    """Build what the demo trains, without data, and print what it would be."""
+    from cluster.dry_run import describe  # imports DeepSpeed, which a driver never needs
+
+    base = _base(config, METHODS["SePiCo"])
+    describe(replace(base, model=replace(base.model, num_classes=TAXONOMY.num_classes)))
+
+
 def _make(root: Path, name: str, seed: int) -> str:
     """Generate and ingest one data set; its URL. What is there already is kept."""
     domain, count, labelled = DATA_SETS[name]
@@ -91,18 +99,20 @@ def _make(root: Path, name: str, seed: int) -> str:
 
 
 def _train(config: DemoConfig, root: Path, data: dict[str, str], method: str) -> str:
-    preset = str(files("jobs").joinpath("presets", "demo.yaml"))
-    base = parse(TrainConfig, ["--config", preset])
-    base = replace(
+    base = _base(config, method)
+    run = replace(
         base,
-        method=method,
-        workers=config.workers,
-        seed=config.seed,
         run=method,
         runs=str(root / "runs"),
         data=replace(base.data, source=data["day"], target=data["night"]),
     )
-    return train(base)["run"]
+    return train(run)["run"]
+
+
+def _base(config: DemoConfig, method: str) -> TrainConfig:
+    preset = str(files("jobs").joinpath("presets", "demo.yaml"))
+    base = parse(TrainConfig, ["--config", preset])
+    return replace(base, method=method, workers=config.workers, seed=config.seed)
 
 
 @torch.no_grad()
@@ -126,4 +136,4 @@ def _picture(data_url: str, runs: dict[str, str], count: int = 3) -> bytes:
 
 
 if __name__ == "__main__":
-    run(main, DemoConfig)
+    run(main, DemoConfig, dry_run=dry_run)

@@ -108,7 +108,7 @@ class TeacherConfig:
             Cityscapes.
         day_ratio: Share of the day image in the scores of static classes, where it is sure, 0..1.
         class_weight_std: Spread around 1 of the weights that favour the source's rare classes in
-            these scores and in the cross entropies of source and mix; 0 for none.
+            the pseudo-labels' scores and in the cross entropies of source and mix; 0 for none.
     """
 
     ema_alpha: float = 0.999
@@ -119,7 +119,7 @@ class TeacherConfig:
     crop_max_ratio: float = 0.75
     day_night: bool = False
     day_ratio: float = 0.8
-    class_weight_std: float = 0.05
+    class_weight_std: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.day_ratio <= 1:

@@ -92,7 +92,7 @@ def proto_contrast(
     sum / `count`). Without a pixel it is a zero that still carries a graph. Raises ValueError for
     a label outside of 0..C-1 and a temperature that is not above 0.
     """
-    check_labels(labels, len(mean))
+    labels = _class_labels(features, labels, len(mean))
     _check_temperature(temperature)
     features = _at_least_float32(features)
     similarity = features @ mean.T.to(features.dtype) / temperature
@@ -118,7 +118,7 @@ def bank_contrast(
     is a zero that still carries a graph. Raises ValueError for a label outside of the bank's
     classes and a temperature that is not above 0.
     """
-    check_labels(labels, bank.num_classes)
+    labels = _class_labels(features, labels, bank.num_classes)
     _check_temperature(temperature)
     features = _at_least_float32(features)
     return _mean(BankContrast.apply(features, labels, bank, temperature), count)
@@ -145,12 +145,20 @@ def dist_contrast(
     q.m_k / t + q^2.S_k / (2 t^2), to which the positive's variance term is added unweighted.
     Raises ValueError for a label outside of 0..C-1 and a temperature that is not above 0.
     """
-    check_labels(labels, len(mean))
+    labels = _class_labels(features, labels, len(mean))
     _check_temperature(temperature)
     features = _at_least_float32(features)
     mean, variance = mean.to(features.dtype), variance.to(features.dtype)
     per_pixel = DistContrast.apply(features, labels, mean, variance, temperature, class_weight)
     return _mean(per_pixel, count)
+
+
+def _class_labels(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Labels (N,) of any integer type as int64, one a row of the features, all of them classes."""
+    if len(features) != len(labels):
+        raise ValueError(f"{len(features)} features, but {len(labels)} labels: give one a feature")
+    check_labels(labels, num_classes)
+    return labels.long()
 
 
 def _check_temperature(temperature: float) -> None:
@@ -217,6 +225,6 @@ def cross_entropy(
     """
     logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
     losses = F.cross_entropy(
-        logits, labels[:, 0], class_weight, ignore_index=ignore_index, reduction="none"
+        logits, labels[:, 0].long(), class_weight, ignore_index=ignore_index, reduction="none"
     )
     return (losses if weight is None else losses * weight).mean()

@@ -9,6 +9,7 @@ import segmentation_models_pytorch as smp
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sepico.config import ModelConfig
 from sepico.heads.daformer import DAFormerHead
@@ -100,17 +101,32 @@ def build_segmentor(config: ModelConfig, *, with_projection: bool = True) -> Seg
     return segmentor
 
 
+class _NoInitialisation(TorchFunctionMode):
+    """Weights stay as they lie in memory: drawing them is most of what building a network costs."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in ("normal_", "uniform_", "erfinv_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 @torch.no_grad()
-def check_model(config: ModelConfig, crop: tuple[int, int]) -> None:
+def check_model(
+    config: ModelConfig, crop: tuple[int, int], *, with_projection: bool = True
+) -> Segmentor:
     """Raise what building and training on crops (h, w) would, without a download.
 
-    Raises ValueError for what `build_segmentor` refuses, for an encoder that takes no images of
-    this size, and for a crop that is no whole multiple of the grid of logits or embeddings.
+    Returns the network on the meta device: names and shapes without numbers. Raises ValueError for
+    what `build_segmentor` refuses, for an encoder that takes no images of this size, and for a crop
+    that is no whole multiple of the grid of logits or embeddings.
     """
     if config.encoder_weights == "imagenet":
         config = replace(config, encoder_weights=None)
+    with _NoInitialisation():
+        segmentor = build_segmentor(config, with_projection=with_projection)
     # On the meta device a forward costs no arithmetic and gives the same shapes.
-    segmentor = build_segmentor(config).eval().to("meta")
+    segmentor = segmentor.eval().to("meta")
     try:
         logits, embeddings = segmentor(torch.zeros(1, 3, *crop, device="meta"))
     except (AssertionError, RuntimeError) as error:
@@ -119,6 +135,8 @@ def check_model(config: ModelConfig, crop: tuple[int, int]) -> None:
             f"data.crop_width {crop[1]}: {error}"
         ) from None
     for output in (logits, *(embeddings if isinstance(embeddings, list) else [embeddings])):
+        if output is None:  # a projection head that was not built
+            continue
         grid = output.shape[-2:]
         stride = crop[1] // grid[1]
         if crop != (grid[0] * stride, grid[1] * stride):
@@ -126,6 +144,7 @@ def check_model(config: ModelConfig, crop: tuple[int, int]) -> None:
                 f"data.crop_height {crop[0]} and data.crop_width {crop[1]} are no multiple of the "
                 f"network's grid {tuple(grid)}: choose multiples of its stride"
             )
+    return segmentor
 
 
 def load_weights_file(file: Path | BinaryIO, name: str) -> Any:

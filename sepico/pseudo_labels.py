@@ -28,7 +28,7 @@ class LabelledCrop:
 class PseudoLabeller:
     """Pseudo-label -> class-balanced crop -> pseudo-label again.
 
-    `class_weight` (C,) multiplies the scores of `teacher.day_night`.
+    `class_weight` (C,), if any, multiplies the probabilities that the label is chosen by.
     """
 
     def __init__(
@@ -44,7 +44,8 @@ class PseudoLabeller:
     def _label(self, image: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """Labels (B, H, W) int64 of target images (B, 3, H, W), and their scores (B, H, W).
 
-        With `teacher.day_night` the day image of the same place has its say.
+        The score is the label's probability. With `teacher.day_night` the day image of the same
+        place has its say, and the score is, as the authors have it, the weighted one.
         """
         config = self._config
         if config.day_night:
@@ -55,6 +56,11 @@ class PseudoLabeller:
             )
         else:
             scores = self._teacher.probabilities(self._normalize(image))
+            if self._class_weight is not None:
+                # Weights may be far from 1 here: a threshold on weighted scores would trust rare
+                # classes alone.
+                label = (scores * self._class_weight.view(-1, 1, 1)).argmax(1)
+                return label, scores.gather(1, label[:, None])[:, 0]
         score, label = scores.max(1)
         return label, score
 

@@ -38,8 +38,8 @@ class _Global:
 class AdaptationStep:
     """Computes the loss terms; holds the teacher and what the contrast compares with.
 
-    Under `teacher.day_night`, `class_weight` (C,) multiplies the pseudo-labels' scores and, as the
-    authors have it, the cross entropies of source and mix.
+    With `teacher.class_weight_std`, `class_weight` (C,) multiplies the scores of pseudo-labels and,
+    as the authors have it from day to night, the cross entropies of source and mix.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class AdaptationStep:
         self.normalize = normalize
         self.teacher = teacher
         self.contrast = contrast
-        weighted = config.teacher.day_night and config.method != "source_only"
+        weighted = config.teacher.class_weight_std and config.method != "source_only"
         self.class_weight = class_weight if weighted else None
         self.contrast_start = contrast_start_step(config.contrast.start, config.optimization)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1

@@ -84,8 +84,8 @@ def fuse_day_night(
     """
     static = torch.zeros(day_probs.shape[1], 1, 1, dtype=torch.bool, device=day_probs.device)
     static[list(STATIC_CLASSES)] = True
-    share = torch.where(day_probs > 0.4, day_ratio, 1 - day_ratio) * static
-    fused = torch.lerp(night_probs, day_probs, share)
+    share = torch.full_like(day_probs, 1 - day_ratio).masked_fill_(day_probs > 0.4, day_ratio)
+    fused = torch.lerp(night_probs, day_probs, share * static)
     return fused if class_weight is None else fused * class_weight.view(-1, 1, 1)
 
 

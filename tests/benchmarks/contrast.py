@@ -3,19 +3,18 @@
     python tests/benchmarks/contrast.py [--pixels 12800 51200] [--repeats 5]
 
 The sizes are the feature pixels of two 640x640 crops at stride 8 (ResNet-101) and 4 (MiT-B5). Each
-measurement runs in a process of its own with one thread: the median CPU time of its repeats, and
-how far the process grew beyond its inputs (Linux only). The naive side is what the method's
-formulas say when they are written down one tensor at a time, as the authors' code does; it is left
-out where it would not fit in memory. The last columns divide the largest size by the smallest; a
-little above linear is the price of tensors above 32 MiB, whose pages glibc takes from the kernel
-anew each time.
+measurement runs in a process of its own with one thread: the least CPU time of its repeats, since
+a shared machine only ever adds to it, and how far the process grew beyond its inputs (Linux only).
+The naive side is what the method's formulas say when they are written down one tensor at a time, as
+the authors' code does; it is left out where it would not fit in memory. The last columns divide the
+largest size by the smallest; a little above linear is the price of tensors above 32 MiB, whose
+pages glibc takes from the kernel anew each time.
 """
 
 import argparse
 import multiprocessing
 import os
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,7 +159,7 @@ def measure(name: str, naive: bool, pixels: int, repeats: int, queue) -> None:
         run()
         times.append(time.process_time() - start)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    queue.put((1000 * statistics.median(times), grown / 1024))
+    queue.put((1000 * min(times), grown / 1024))
 
 
 def in_own_process(*arguments) -> tuple[float, float]:
@@ -191,7 +190,12 @@ def row(what: str, side: str, values: list[tuple[float, float]], digits: tuple[i
 
 def compare(name: str, sizes: list[int], repeats: int) -> None:
     """Print ours, the naive side and their ratio at every size, growth last."""
+
+    def with_growth(values):
+        return [*values, quotient(values[-1], values[0])]
+
     ours = [in_own_process(name, False, pixels, repeats) for pixels in sizes]
+    row(name, "ours", with_growth(ours), (1, 0))
     naive = []
     for pixels in sizes:
         needed = naive[-1][1] * pixels / sizes[len(naive) - 1] if naive else 0
@@ -202,11 +206,7 @@ def compare(name: str, sizes: list[int], repeats: int) -> None:
         else:
             naive.append(in_own_process(name, True, pixels, repeats))
 
-    def with_growth(values):
-        return [*values, quotient(values[-1], values[0])]
-
     ratios = [quotient(theirs, mine) for theirs, mine in zip(naive, ours, strict=True)]
-    row(name, "ours", with_growth(ours), (1, 0))
     row("", "naive", with_growth(naive), (0, 0))
     row("", "ratio", ratios, (1, 1))
 

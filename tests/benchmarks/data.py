@@ -1,6 +1,7 @@
 """Readers of training data side by side: one server, the same images, each in its own format.
 
-    python tests/benchmarks/data.py [--samples 512 4096] [--processes 1 2] [--readers ours ...]
+    python tests/benchmarks/data.py [--samples 512 4096] [--processes 1 2] [--outputs raw decoded]
+        [--readers ours ...]
 
 Without --readers all that are installed run (extra `bench`). Every measurement has processes of
 its own, pinned to a core each, which have read a small data set before (imports and connections
@@ -21,23 +22,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.io import encode_jpeg
+from torchvision.io import encode_jpeg, encode_png
 
 from tests.benchmarks.data_formats import READERS, upload
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, run_s3_server
 
 DISTINCT, HEIGHT, WIDTH = 64, 512, 1024
 WARM, FIRST_BATCH = 16, 8
+OUTPUTS = ["raw", "decoded"]
 MODULES = {"mosaic": "streaming", "litdata": "litdata", "webdataset, in order": "webdataset"}
 
 
-def make_images() -> list[tuple[bytes, np.ndarray]]:
-    """Pictures of smooth regions with grain, about 180 KB as JPEG, and labels with regions."""
+def make_images() -> list[tuple[bytes, np.ndarray, bytes]]:
+    """Pictures of smooth regions with grain, about 180 KB as JPEG, and labels with regions.
+
+    A label comes as it is and as PNG.
+    """
     rng = np.random.default_rng(0)
     images = []
     for _ in range(DISTINCT):
@@ -47,7 +53,9 @@ def make_images() -> list[tuple[bytes, np.ndarray]]:
         jpeg = encode_jpeg((smooth + grain).clamp(0, 255).byte(), 90)
         scores = torch.from_numpy(rng.normal(size=(1, 19, 12, 24))).float()
         label = torch.nn.functional.interpolate(scores, (HEIGHT, WIDTH), mode="bilinear").argmax(1)
-        images.append((jpeg.numpy().tobytes(), label[0].byte().numpy()))
+        label = label.byte()
+        png = encode_png(label).numpy().tobytes()
+        images.append((jpeg.numpy().tobytes(), label[0].numpy(), png))
     return images
 
 
@@ -127,6 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--outputs", nargs="+", choices=OUTPUTS, default=OUTPUTS)
     parser.add_argument("--readers", nargs="+", choices=READERS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -142,24 +151,24 @@ def main() -> None:
         "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     images = make_images()
-    mean = np.mean([len(image) for image, _ in images])
+    mean = np.mean([len(image) for image, _, _ in images])
     print(f"{platform.platform()}, {os.cpu_count()} cores; JPEG {mean / 1e3:.0f} KB on average")
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as root,
         run_s3_server(_made(root, "s3")) as s3,
     ):
-        compare(Path(root), s3, images, readers, arguments.samples, arguments.processes)
+        runs = product(arguments.samples, arguments.processes, arguments.outputs)
+        compare(Path(root), s3, images, readers, runs)
 
 
 def compare(
     root: Path,
     s3: S3Server,
-    images: list[tuple[bytes, np.ndarray]],
+    images: list[tuple[bytes, np.ndarray, bytes]],
     readers: list[str],
-    sizes: list[int],
-    processes: list[int],
+    runs: Iterable[tuple[int, int, str]],
 ) -> None:
-    """Print a table for each size, number of processes, and with and without decoding."""
+    """Print a table for each run: samples, processes, what comes out."""
     bucket = s3.make_bucket("bench")
     written: set[str] = set()
 
@@ -175,13 +184,14 @@ def compare(
             written.add(url)
         return url
 
-    for count, parts, decoded in product(sizes, processes, (False, True)):
-        print(f"\n{count} samples, {parts} processes, {'decoded' if decoded else 'raw'}")
+    for count, parts, output in runs:
+        print(f"\n{count} samples, {parts} processes, {output}")
         print(f"{'':22}samples/s  CPU ms  first ms  memory MB  disk MB  of limit")
         limit = None
         for name in readers:
             urls = [place(name, part, count // parts) for part in range(parts)]
-            result = run(name, urls, place(name, 0, WARM), s3.endpoint, decoded)
+            warm_url = place(name, 0, WARM)
+            result = run(name, urls, warm_url, s3.endpoint, output == "decoded")
             assert result["count"] == count // parts * parts, result
             limit = result["cpu"] if name == "limit" else limit
             share = f"{limit / result['cpu']:10.0%}" if limit else ""

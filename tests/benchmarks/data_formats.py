@@ -1,7 +1,7 @@
 """The same samples in each reader's own format, and each reader as an iterator over them.
 
-A sample is (key, JPEG bytes, (H, W) uint8 label). `write` fills a local folder, which the
-benchmark uploads; `read` yields one item a sample: its tensors, or only its bytes.
+A sample is (key, JPEG bytes, (H, W) uint8 label, the label's PNG bytes). `write` fills a local
+folder, which the benchmark uploads; `read` yields an item a sample: its tensors, or its bytes only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import obstore
 import torch
 import xxhash
-from torchvision.io import ImageReadMode, decode_image, encode_png
+from torchvision.io import ImageReadMode, decode_image
 
 from cluster.manifest import write_manifest
 from cluster.prefetch import Prefetcher, Work
@@ -31,11 +31,7 @@ from sepico.taxonomies import CITYSCAPES_19
 
 SHARD_BYTES = 64 << 20
 AHEAD = 8
-Samples = list[tuple[str, bytes, np.ndarray]]
-
-
-def png(label: np.ndarray) -> bytes:
-    return encode_png(torch.from_numpy(label)[None]).numpy().tobytes()
+Samples = list[tuple[str, bytes, np.ndarray, bytes]]
 
 
 def decode(image: bytes, label: bytes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +63,7 @@ class Arrow:
         storage, shards = open_storage(str(folder), StorageConfig()), []
         for number, chunk in enumerate(chunks(samples)):
             writer = ShardWriter(CITYSCAPES_19)
-            for key, image, label in chunk:
+            for key, image, label, _ in chunk:
                 writer.add(key, image, label.shape, label)
             data = writer.finish()
             shard = Shard(f"shard-{number:05d}.arrow", len(data), xxhash.xxh3_64_intdigest(data))
@@ -89,8 +85,9 @@ class Arrow:
         works = (Work([(reader, int(i))], partial(prepare, int(i))) for i in order)
         stream = Prefetcher(works, threads=1, ahead=AHEAD)
         yield from stream
-        reader.close()
+        reader.stop()
         stream.close()
+        reader.close()
 
 
 class Limit(Arrow):
@@ -128,8 +125,8 @@ class Mosaic:
 
         columns = {"image": "bytes", "label": "bytes"}
         with MDSWriter(out=str(folder), columns=columns, size_limit=SHARD_BYTES) as writer:
-            for _, image, label in samples:
-                writer.write({"image": image, "label": png(label)})
+            for _, image, _, png in samples:
+                writer.write({"image": image, "label": png})
 
     def read(self, url: str, endpoint: str, folder: Path, decoded: bool) -> Iterator:
         from streaming import StreamingDataset
@@ -150,8 +147,8 @@ class Lit:
         from litdata.streaming import Cache
 
         cache = Cache(str(folder), chunk_bytes=SHARD_BYTES)
-        for i, (_, image, label) in enumerate(samples):
-            cache[i] = {"image": image, "label": png(label)}
+        for i, (_, image, _, png) in enumerate(samples):
+            cache[i] = {"image": image, "label": png}
         cache.done()
         cache.merge()
 
@@ -177,8 +174,8 @@ class Web:
     def write(self, samples: Samples, folder: Path) -> None:
         for number, chunk in enumerate(chunks(samples)):
             with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
-                for key, image, label in chunk:
-                    for name, data in ((f"{key}.jpg", image), (f"{key}.png", png(label))):
+                for key, image, _, png in chunk:
+                    for name, data in ((f"{key}.jpg", image), (f"{key}.png", png)):
                         member = tarfile.TarInfo(name)
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from cluster.checkpoint_format import list_checkpoints
 from cluster.config import EngineConfig
 from cluster.lease import Lease
+from cluster.loss_scale import LossScale
 from cluster.storage import Storage, StorageConfig, open_storage
 from sepico.schedule import ema_decay
 from sepico.step import AdaptationStep
@@ -65,31 +66,46 @@ def resume(folder: Path, stage: int, of_stage: int) -> None:
     _save(own, state, ALL_STEPS)
 
 
-def diverge(folder: Path, stage: int) -> None:
-    """A step with an image of NaN on the last rank; rank 0 writes FOLDER/STAGE.txt."""
+def diverge(folder: Path, stage: int, precision: str = "fp32") -> None:
+    """A step with an image of NaN on the last rank; rank 0 writes FOLDER/STAGE-PRECISION.txt.
+
+    Under fp16 one before it, whose gradients overflow by their loss scale.
+    """
+    state = _state(stage, precision)
+    if precision == "fp16":
+        state.engine.loss_scale.value = 2.0**100
+        said = [_step_once(state, 1, spoil=False)]
+        assert state.engine.loss_scale == LossScale(2.0**99, 0)
+        state.engine.loss_scale.value = 2.0**10
+    else:
+        said = []
+    _train(state, range(1))
+    said.append(_step_once(state, 1, spoil=dist.get_rank() == dist.get_world_size() - 1))
+    of_ranks: list = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, said)
+    if dist.get_rank() == 0:
+        lines = [line for said in of_ranks for line in said]
+        (folder / f"{stage}-{precision}.txt").write_text("\n".join(lines))
+
+
+def _step_once(state, step: int, *, spoil: bool) -> str:
+    """What came of a step, on an image of NaN if spoilt."""
     from cluster.engine import DivergenceError
 
-    state = _state(stage)
-    _train(state, range(1))
     network = state.engine.module.module
     before = full_state(network)
     terms = AdaptationStep(CONFIG, network.normalize, state.teacher, state.contrast)
-    batch = global_batch(1, range(dist.get_rank(), BATCH, dist.get_world_size()))
-    if dist.get_rank() == dist.get_world_size() - 1:
+    batch = global_batch(step, range(dist.get_rank(), BATCH, dist.get_world_size()))
+    if spoil:
         batch.source_image[0] = math.nan
     try:
-        state.engine.step(terms.terms(state.engine, batch, 1), 1)
+        state.engine.step(terms.terms(state.engine, batch, step), step)
         outcome = "no error"
     except DivergenceError as error:
-        after = full_state(network)
-        moved = [
-            name for name, _ in network.named_parameters() if (after[name] != before[name]).any()
-        ]
-        outcome = f"{error}; moved: {moved}"
-    said: list = [None] * dist.get_world_size()
-    dist.all_gather_object(said, outcome)
-    if dist.get_rank() == 0:
-        (folder / f"{stage}.txt").write_text("\n".join(said))
+        outcome = str(error)
+    after = full_state(network)
+    moved = [name for name, _ in network.named_parameters() if (after[name] != before[name]).any()]
+    return f"{outcome}; moved: {moved}"
 
 
 def _train(state, steps: range) -> None:
@@ -103,16 +119,16 @@ def _train(state, steps: range) -> None:
         state.engine.update_teacher(state.teacher, decay)
 
 
-def _state(stage: int):
+def _state(stage: int, precision: str = "fp32"):
     from cluster.checkpoints import RunState
     from cluster.engine import Engine, shard_teacher
 
-    network, teacher, contrast = build(CONFIG, dist.new_group())
+    network, teacher, contrast = build(CONFIG, dist.new_group(), precision=precision)
     use_batch_norm(network, CONFIG)
     use_batch_norm(teacher.network, CONFIG)
     engine = Engine(
         network,
-        EngineConfig(zero_stage=stage),
+        EngineConfig(zero_stage=stage, precision=precision),
         CONFIG.optimization,
         projection_start=CONFIG.contrast.start,
     )

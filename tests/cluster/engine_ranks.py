@@ -31,6 +31,8 @@ from sepico.taxonomies import CITYSCAPES_19
 from sepico.teacher import Teacher
 
 STEPS, START, BATCH, CLASSES = 6, 2, 4, 5
+# Variants that the tests must refuse: what each forgets that workers share, or ZeRO does.
+MISTAKES = ("local mean", "local statistics", "local batch-norm", "unpaused projection")
 CLASS_WEIGHT = torch.linspace(0.9, 1.1, CITYSCAPES_19.num_classes)
 
 
@@ -40,7 +42,8 @@ def method_config(method: str, start: int) -> MethodConfig:
     "distcl per stage" has a projection, statistics and a loss for each of two encoder stages,
     "distcl masked" the loss of masked target crops besides; "distcl day-night" labels the target
     with the help of reference images; "distcl micro" takes an image at a time, for which
-    batch-norm is frozen and the regulariser off.
+    batch-norm is frozen and the regulariser off. What a variant changes of the engine, see
+    `engine_config`.
     """
     method, _, variant = method.partition(" ")
     stages, day_night, micro = (variant == v for v in ("per stage", "day-night", "micro"))
@@ -84,6 +87,17 @@ def method_config(method: str, start: int) -> MethodConfig:
     )
 
 
+def engine_config(stage: int, method: str) -> EngineConfig:
+    """Of a method's variant: "offload", "checkpointed", "bf16", "fp16", else float32."""
+    variant = method.partition(" ")[2]
+    return EngineConfig(
+        zero_stage=stage,
+        precision=variant if variant in ("bf16", "fp16") else "fp32",
+        offload_optimizer=variant == "offload",
+        activation_checkpointing=variant == "checkpointed",
+    )
+
+
 def global_batch(step: int, slots: range) -> StepBatch:
     """The slots of a step, made from the step's number alone: blocks of one colour a class."""
     generator = torch.Generator().manual_seed(step)
@@ -113,10 +127,14 @@ def build(
     config: MethodConfig,
     group: dist.ProcessGroup | None = None,
     device: torch.device | None = None,
+    precision: str = "fp32",
 ) -> tuple[torch.nn.Module, Teacher | None, PixelContrast | None]:
+    from cluster.engine import autocast_dtype
+
     torch.manual_seed(0)
     adapts = config.method != "source_only"
     network = build_segmentor(config.model, with_projection=adapts).to(device)
+    network.autocast_dtype = autocast_dtype(precision)
     teacher = Teacher(copy.deepcopy(network)) if adapts else None
     return network, teacher, PixelContrast(config, device=device, group=group) if adapts else None
 
@@ -176,8 +194,9 @@ def result(network: torch.nn.Module, teacher: Teacher | None, contrast: PixelCon
 
 def plain_pytorch(method: str) -> tuple[dict, dict]:
     """Initial state, and the final state, of plain PyTorch over the whole batch."""
-    _, gradients = _plain_run(method_config(method, start=0), steps=1)
-    initial, final = _plain_run(method_config(method, START), STEPS)
+    precision = engine_config(1, method).precision
+    _, gradients = _plain_run(method_config(method, start=0), 1, precision)
+    initial, final = _plain_run(method_config(method, START), STEPS, precision)
     return initial, final | _named("gradient", gradients)
 
 
@@ -185,10 +204,10 @@ def _named(kind: str, tensors: dict) -> dict:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(kind)}
 
 
-def _plain_run(config: MethodConfig, steps: int) -> tuple[dict, dict]:
+def _plain_run(config: MethodConfig, steps: int, precision: str) -> tuple[dict, dict]:
     from cluster.engine import parameter_groups
 
-    network, teacher, contrast = build(config)
+    network, teacher, contrast = build(config, precision=precision)
     use_batch_norm(network, config)
     if teacher is not None:
         use_batch_norm(teacher.network, config)
@@ -196,14 +215,17 @@ def _plain_run(config: MethodConfig, steps: int) -> tuple[dict, dict]:
     groups = parameter_groups(network, config.optimization)
     optimizer = torch.optim.AdamW(groups, lr=3e-5, betas=config.optimization.betas)
     whole = replace(config, optimization=replace(config.optimization, micro_batch=0))
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     step_terms = AdaptationStep(whole, network.normalize, teacher, contrast, CLASS_WEIGHT)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.optimization) * group["multiplier"]
         optimizer.zero_grad()
         for term in step_terms.terms(network.train(), global_batch(step, range(BATCH)), step):
-            term.backward()
-        optimizer.step()
+            scaler.scale(term).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
         if teacher is not None:
             decay = ema_decay(step, config.optimization, config.teacher.ema_alpha)
             teacher.update((p.detach() for p in network.parameters()), decay)
@@ -226,43 +248,52 @@ def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str
     adopt_process_group()
     group = dist.new_group()
     for stage, method in cases:
-        engine = EngineConfig(
-            zero_stage=stage,
-            offload_optimizer=method.endswith(" offload"),
-            activation_checkpointing=method.endswith(" checkpointed"),
-        )
-        gradients = _train(engine, method_config(method, start=0), 1, group)
-        state = _train(engine, method_config(method, START), STEPS, group)
-        state |= _named("gradient", gradients)
+        engine = engine_config(stage, method)
+        mistake = method.partition(" ")[2]
+        state = {}
+        if mistake != "unpaused projection":
+            state = _train(engine, method_config(method, start=0), 1, group, mistake)
+        if mistake not in MISTAKES[:3]:  # the first gradient shows these
+            gradients = _named("gradient", state)
+            state = _train(engine, method_config(method, START), STEPS, group, mistake) | gradients
         if rank == 0:
             torch.save(state, Path(folder) / f"{world_size}-{stage}-{method}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _train(engine_config: EngineConfig, config: MethodConfig, steps: int, group) -> dict:
+def _train(
+    engine_settings: EngineConfig, config: MethodConfig, steps: int, group, mistake: str
+) -> dict:
     from cluster.engine import Engine, shard_teacher
 
-    network, teacher, contrast = build(config, group)
-    use_batch_norm(network, config)
-    if teacher is not None:
-        use_batch_norm(teacher.network, config)
-    if engine_config.activation_checkpointing:
+    network, teacher, contrast = build(config, group, precision=engine_settings.precision)
+    if mistake != "local batch-norm":
+        for part in (network, *([teacher.network] if teacher else [])):
+            use_batch_norm(part, config)
+    if mistake == "local statistics":
+        groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        contrast.group = groups[dist.get_rank()]
+    if mistake == "local mean":
+        _forget_the_others(contrast)
+    if engine_settings.activation_checkpointing:
         checkpoint_activations(network.encoder)
     engine = Engine(
         network,
-        engine_config,
+        engine_settings,
         config.optimization,
-        projection_start=config.contrast.start,
+        projection_start=0 if mistake == "unpaused projection" else config.contrast.start,
     )
-    if teacher is not None and engine_config.zero_stage == 3:
+    if teacher is not None and engine_settings.zero_stage == 3:
         shard_teacher(teacher)
     gradients = {}
     optimizer_step = engine.module.step
 
     def record_gradients() -> None:
+        # ZeRO divides by the loss scale later, in its step.
+        scale = engine.loss_scale.value if engine.loss_scale and engine.stage else 1.0
         for name, parameter in network.named_parameters():
-            gradients[f"gradient {name}"] = safe_get_full_grad(parameter).clone()
+            gradients[f"gradient {name}"] = safe_get_full_grad(parameter) / scale
         optimizer_step()
 
     engine.module.step = record_gradients
@@ -275,3 +306,11 @@ def _train(engine_config: EngineConfig, config: MethodConfig, steps: int, group)
             decay = ema_decay(step, config.optimization, config.teacher.ema_alpha)
             engine.update_teacher(teacher, decay)
     return result(network, teacher, contrast) | gradients
+
+
+def _forget_the_others(contrast: PixelContrast) -> None:
+    """Have the contrast average over the pixels of this rank."""
+    of_counts, world_size = contrast.loss, dist.get_world_size()
+    contrast.loss = lambda projections, labels, _: of_counts(
+        projections, labels, world_size * contrast.kept(projections, labels)
+    )

@@ -17,6 +17,7 @@ from cluster.manifest import read_manifest
 from cluster.ranges import RangeReader, ReadCounters
 from cluster.reader import ShardReader
 from cluster.storage import StorageConfig, open_storage
+from tests.processes import fork_context
 
 CONFIG = StorageConfig()
 
@@ -27,14 +28,6 @@ def url(folder, write_dataset, tmp_path_factory):
     root = tmp_path_factory.mktemp("cached")
     write_dataset(folder, open_storage(str(root), CONFIG))
     return str(root)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes without this one's client; the imports, which are slow, are done once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 class Worker:
@@ -57,8 +50,9 @@ class Worker:
         self.cache._downloads.submit(lambda: None).result()
 
     def close(self):
-        self.reader.close()
+        self.reader.stop()
         self.cache.close()
+        self.reader.close()
 
 
 @pytest.fixture
@@ -159,10 +153,10 @@ def test_shards_in_use_stay_and_the_limit_holds(worker, tmp_path):
     assert [one.read(index)[1] for index in (0, 5, 10)] == [1, 1, 0]
 
 
-def test_what_a_killed_worker_left_is_removed(url, worker, tmp_path, processes):
+def test_what_a_killed_worker_left_is_removed(url, worker, tmp_path):
     """It dies in the middle of a download: no half shard is read, its file goes."""
     ready, child_ready = multiprocessing.Pipe()
-    child = processes.Process(
+    child = fork_context().Process(
         target=_stall_in_download, args=(url, str(tmp_path / "cache"), child_ready), daemon=True
     )
     child.start()
@@ -193,8 +187,8 @@ def _stall_in_download(url, folder, connection):
     worker.finish_downloads()
 
 
-def test_workers_download_a_shard_once(url, tmp_path, processes):
-    with processes.Pool(3) as pool:
+def test_workers_download_a_shard_once(url, tmp_path):
+    with fork_context().Pool(3) as pool:
         counts = pool.starmap(_read_all_twice, [(url, str(tmp_path / "cache"))] * 3)
     assert len(files(tmp_path)) == 3
     stored = sum((tmp_path / "cache" / name).stat().st_size for name in files(tmp_path))

@@ -1,15 +1,20 @@
 """A checkpoint of n workers and one ZeRO stage is the state of any m workers and any stage."""
 
+import json
 import math
+import re
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from cluster.checkpoint_format import (
     FILE_OF,
+    MANIFEST,
     Checkpoint,
+    check_newest,
     list_checkpoints,
     read_buffers,
     read_runs,
@@ -18,6 +23,7 @@ from cluster.checkpoint_format import (
 from tests.cluster.checkpoint_ranks import STEPS, run_rank, storage
 from tests.cluster.engine_ranks import plain_pytorch
 from tests.cluster.test_engine import distance
+from tests.processes import run_ranks
 
 WRITERS, READERS, STAGES = 2, (1, 4), (0, 1, 2, 3)
 # Every stage by 1 worker, and the next stage by 1 and by 4.
@@ -25,17 +31,12 @@ CASES = [(stage, 1, stage) for stage in STAGES]
 CASES += [(stage, m, (stage + 1) % 4) for stage in STAGES for m in READERS]
 
 
-def spawn(world_size: int, folder: Path, task: str, stages: list[tuple]) -> None:
-    torch.multiprocessing.spawn(
-        run_rank, (world_size, str(folder), task, stages), nprocs=world_size
-    )
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """Runs written by 2 workers, one a ZeRO stage."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    spawn(WRITERS, folder, "train_and_save", [(stage,) for stage in STAGES])
+    stages = [(stage,) for stage in STAGES]
+    run_ranks(run_rank, WRITERS, str(folder), "train_and_save", stages)
     return folder
 
 
@@ -44,7 +45,7 @@ def resharded(runs) -> Path:
     """Beside them, what 1 and 4 workers restored from them, and made of it."""
     for m in READERS:
         pairs = [(to, stage) for stage, readers, to in CASES if readers == m]
-        spawn(m, runs, "resume", pairs)
+        run_ranks(run_rank, m, str(runs), "resume", pairs)
     return runs
 
 
@@ -109,16 +110,45 @@ def test_every_rank_stores_its_part(runs, stage):
         assert max(counts) < 0.6 * total
 
 
-def test_a_damaged_file_is_named(runs):
-    found = checkpoint(runs / "1")
-    damaged = runs / "1" / found.prefix / "student-00001.safetensors"
-    whole = damaged.read_bytes()
-    damaged.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    try:
-        with pytest.raises(ValueError, match=r"student-00001.* is damaged"):
-            read_weights(storage(runs / "1"), found, "student")
-        damaged.unlink()
-        with pytest.raises(ValueError, match=r"student-00001.*no such object"):
-            read_weights(storage(runs / "1"), found, "student")
-    finally:
-        damaged.write_bytes(whole)
+@pytest.fixture
+def two(runs, tmp_path) -> Path:
+    """A run with the checkpoint of step STEPS and a copy of it, of the step after."""
+    run = shutil.copytree(runs / "1", tmp_path / "run")
+    older = checkpoint(run)
+    newer = replace(older, step=STEPS + 1)
+    shutil.copytree(run / older.prefix, run / newer.prefix)
+    (run / newer.prefix / MANIFEST).write_text(json.dumps(asdict(newer)))
+    return run / newer.prefix
+
+
+def flip_a_bit(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(("spoil", "what"), [(flip_a_bit, "damaged"), (Path.unlink, "missing")])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken_if_asked(two, spoil, what, capsys):
+    run = storage(two.parents[1])
+    assert check_newest(run, fall_back=False).step == STEPS + 1
+    spoil(two / "student-00001.safetensors")
+    named = rf"step-0*{STEPS + 1}-1/student-00001.safetensors is {what}"
+    with pytest.raises(ValueError, match=rf"{named}.*of step {STEPS} with --fall_back true"):
+        check_newest(run, fall_back=False)
+    assert len(list_checkpoints(run)) == 2
+
+    assert check_newest(run, fall_back=True).step == STEPS
+    assert re.search(named, capsys.readouterr().err)
+    assert [found.step for found in list_checkpoints(run)] == [STEPS]
+
+    spoil(two.parent / f"step-{STEPS:08d}-1/teacher-00000.safetensors")
+    with pytest.raises(ValueError, match=r"teacher-00000.*there is none before it"):
+        check_newest(run, fall_back=True)
+    assert [found.step for found in list_checkpoints(run)] == [STEPS]
+
+
+def test_a_checkpoint_of_another_version_is_refused(two):
+    manifest = two / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(ValueError, match="format_version 2, this code reads 1"):
+        check_newest(storage(two.parents[1]), fall_back=True)
+    assert manifest.exists()

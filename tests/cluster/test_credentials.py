@@ -1,9 +1,11 @@
 """Every provider's chain of credentials is followed, and where it ends is one line with the fix."""
 
 import base64
+import json
 import shutil
 import ssl
 import subprocess
+from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -81,6 +83,40 @@ def test_a_web_identity(s3, no_keys, monkeypatch, tmp_path):
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{service.server_port}")
         url = s3.make_bucket("web-identity")
         assert works(url, StorageConfig(endpoint=s3.endpoint))
+
+
+class _MetadataService(BaseHTTPRequestHandler):
+    """Gives a cloud machine the keys of its role, which end in eleven minutes."""
+
+    def _answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def do_PUT(self):
+        self._answer("session")
+
+    def do_GET(self):
+        assert self.headers["x-aws-ec2-metadata-token"] == "session"
+        keys = {"AccessKeyId": ACCESS_KEY, "SecretAccessKey": SECRET_KEY, "Token": ""}
+        keys |= {"Code": "Success", "Expiration": self.server.expiry.strftime("%Y-%m-%dT%H:%M:%SZ")}
+        self._answer("role" if self.path.endswith("/") else json.dumps(keys))
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_an_instance_role_whose_keys_are_renewed_before_they_end(s3, no_keys, monkeypatch):
+    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED")
+    with serving(HTTPServer(("127.0.0.1", 0), _MetadataService)) as service:
+        service.expiry = datetime.now(timezone.utc) + timedelta(minutes=11)
+        place = f"http://127.0.0.1:{service.server_port}/"
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", place)
+        url, config = s3.make_bucket("instance-role"), StorageConfig(endpoint=s3.endpoint)
+        assert works(url, config)
+        keys = open_storage(url, config)._store.credential_provider()
+        assert keys["expires_at"] < service.expiry
 
 
 def test_an_azure_account_key(no_keys, monkeypatch):

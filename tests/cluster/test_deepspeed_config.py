@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, TrainConfig
 from cluster.deepspeed_config import deepspeed_config, read_deepspeed
 from sepico.config import OptimizationConfig
 
@@ -45,6 +45,12 @@ def test_contradictions_and_unknown_keys_name_both_sides(theirs, words):
         merged(theirs)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_contradiction_is_refused_with_the_command_line():
+    engine = EngineConfig(deepspeed='{"gradient_clipping": 1.0}')
+    with pytest.raises(ValueError, match=r"gradient_clipping = 1\.0 contradicts 0\.0"):
+        TrainConfig(engine=engine)
 
 
 def test_a_file_is_read_and_a_missing_or_broken_one_is_named(tmp_path):

@@ -1,10 +1,14 @@
 """The engine computes what plain PyTorch computes, for any ZeRO stage and number of workers."""
 
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
-import torch.multiprocessing
 
-from tests.cluster.engine_ranks import plain_pytorch, run_rank
+from tests.cluster.engine_ranks import MISTAKES, plain_pytorch, run_rank
+from tests.processes import run_ranks
 
 VARIANTS = (
     "bankcl", "protocl", "distcl per stage", "distcl masked", "distcl day-night", "distcl micro"
@@ -13,16 +17,20 @@ METHODS = ("distcl", *VARIANTS, "source_only")
 STAGES = (0, 1, 2, 3)
 # What changes where and when something is computed, and not what.
 SAME_AS_DISTCL = ("distcl offload", "distcl checkpointed")
-ADAPTING = [
-    *[(stage, "distcl") for stage in STAGES],
-    *[(1, method) for method in VARIANTS],
-    *[(stage, variant) for stage in (1, 3) for variant in SAME_AS_DISTCL],
+HALF = ("distcl bf16", "distcl fp16")
+CASE = ("workers", "stage", "method")
+CASES = [
+    *[(workers, stage, "distcl") for workers in (1, 2) for stage in STAGES],
+    *[(2, 1, method) for method in (*VARIANTS, "source_only")],
+    *[(2, 1, "distcl offload"), (2, 3, "distcl checkpointed")],
+    *[(1, 1, "distcl bf16"), (2, 3, "distcl fp16")],
 ]
-CASES = [*ADAPTING, (1, "source_only")]
-# The larger matrix: every method under every stage, and 4 workers.
+# The larger matrix: every method under every stage, by 1, 2 and 4 workers.
 MATRIX = [
-    *[(stage, method) for stage in STAGES for method in METHODS],
-    *[(stage, variant) for stage in STAGES[1:] for variant in SAME_AS_DISTCL],
+    (workers, stage, method)
+    for workers in (1, 2, 4)
+    for stage in STAGES
+    for method in (*METHODS, *HALF, *(SAME_AS_DISTCL if stage else ()))
 ]
 # A constant added before a batch-norm is removed by it: these gradients are round-off, which
 # Adam turns into full steps.
@@ -30,37 +38,48 @@ NO_GRADIENT = "head.embeddings"
 
 
 def cases(*without: str):
-    """Parameters of a test: the default cases, and those of the matrix marked slow."""
-    marked = [
-        pytest.param(*case, marks=() if case in CASES else pytest.mark.slow)
-        for case in MATRIX
-        if case[1] not in without
-    ]
-    return pytest.mark.parametrize(("stage", "method"), marked)
+    """Parameters of a test: the default cases, and those of the matrix marked slow.
+
+    Of several workers in half precision only `rounded` is asked.
+    """
+    return _marked(
+        case for case in MATRIX if case[2] not in without and (case[0] == 1 or case[2] not in HALF)
+    )
+
+
+def rounded():
+    """Parameters of a test: several workers in half precision."""
+    return _marked(case for case in MATRIX if case[0] > 1 and case[2] in HALF)
+
+
+def _marked(chosen: Iterable[tuple]):
+    marks = ((case, () if case in CASES else pytest.mark.slow) for case in chosen)
+    return pytest.mark.parametrize(CASE, [pytest.param(*case, marks=mark) for case, mark in marks])
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[str, tuple[dict, dict]]:
+def plain() -> Callable[[str], tuple[dict, dict]]:
+    """`plain(method)`: initial and final state of plain PyTorch."""
     torch.set_num_threads(1)
-    found = {method: plain_pytorch(method) for method in METHODS}
-    return found | dict.fromkeys(SAME_AS_DISTCL, found["distcl"])
+    run = cache(plain_pytorch)
+    return lambda method: run("distcl" if method in SAME_AS_DISTCL else method)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[1, 2, pytest.param(4, marks=pytest.mark.slow)],
-    ids=["1-worker", "2-workers", "4-workers"],
-)
-def trained(request, tmp_path_factory) -> dict[tuple[int, str], dict]:
-    """Final states of all cases at one world size."""
+@pytest.fixture(scope="module")
+def trained(request, tmp_path_factory) -> Callable[[int, int, str], dict]:
+    """`trained(workers, stage, method)`: a final state; processes train all that is asked for."""
     folder = tmp_path_factory.mktemp("engine")
-    world_size = request.param
-    chosen = CASES if "not slow" in request.config.getoption("-m") else MATRIX
-    torch.multiprocessing.spawn(run_rank, (world_size, str(folder), chosen), nprocs=world_size)
-    return {
-        (stage, method): torch.load(folder / f"{world_size}-{stage}-{method}.pt")
-        for stage, method in chosen
-    }
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    selected = {tuple(map(spec.params.get, CASE)) for spec in parameters if spec is not None}
+
+    def state(*case: Any) -> dict:
+        file = folder / "{}-{}-{}.pt".format(*case)
+        if not file.exists():
+            chosen = [c[1:] for c in MATRIX if c[0] == case[0] and (c in selected or c == case)]
+            run_ranks(run_rank, case[0], str(folder), chosen)
+        return torch.load(file)
+
+    return state
 
 
 def distance(state: dict, expected: dict, initial: dict, kind: str) -> float:
@@ -78,7 +97,7 @@ def distance(state: dict, expected: dict, initial: dict, kind: str) -> float:
 def uneven(tmp_path_factory) -> dict:
     """3 workers that share a batch of 4."""
     folder = tmp_path_factory.mktemp("uneven")
-    torch.multiprocessing.spawn(run_rank, (3, str(folder), [(1, "distcl")]), nprocs=3)
+    run_ranks(run_rank, 3, str(folder), [(1, "distcl")])
     return torch.load(folder / "3-1-distcl.pt")
 
 
@@ -91,54 +110,87 @@ def assert_gradients_equal(found: dict, expected: dict, tolerance: float) -> Non
             assert gap <= tolerance * largest, name
 
 
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory) -> dict[str, dict]:
+    """2 workers with a planted mistake."""
+    folder = tmp_path_factory.mktemp("mistaken")
+    run_ranks(run_rank, 2, str(folder), [(1, f"distcl {mistake}") for mistake in MISTAKES])
+    return {mistake: torch.load(folder / f"2-1-distcl {mistake}.pt") for mistake in MISTAKES}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_shows(mistake, plain, mistaken):
+    initial, expected = plain("distcl")
+    state = mistaken[mistake]
+    if mistake == "unpaused projection":  # moves before the contrast gives it a gradient
+        assert distance(state, expected, initial, "student weight projection") > 1e-2
+    else:
+        with pytest.raises(AssertionError, match="gradient"):
+            assert_gradients_equal(state, expected, 1e-3)
+
+
 @cases()
-def test_gradients_equal_those_of_plain_pytorch(stage, method, plain, trained):
+def test_gradients_equal_those_of_plain_pytorch(workers, stage, method, plain, trained):
     """Of the first step, with contrast from the start, before the optimiser moves."""
-    _, expected = plain[method]
+    _, expected = plain(method)
     # Masked blocks leave channels that hardly vary: float32 normalises them to 1e-5.
     tolerance = 1e-4 if method == "distcl masked" else 1e-5
-    assert_gradients_equal(trained[stage, method], expected, tolerance)
+    assert_gradients_equal(trained(workers, stage, method), expected, tolerance)
+
+
+@rounded()
+def test_workers_in_half_precision_are_as_near_to_float32_as_plain_pytorch(
+    workers, stage, method, plain, trained
+):
+    """Their gradients are sums of rounded ones, which are other ones than the whole batch's."""
+    _, exact = plain("distcl")
+
+    def error(found: dict) -> float:
+        names = [name for name in exact if name.startswith("gradient")]
+        return sum((found[name] - exact[name]).double().square().sum().item() for name in names)
+
+    assert 0 < error(trained(workers, stage, method)) < 2 * error(plain(method)[1])
 
 
 def test_workers_with_uneven_shares_equal_plain_pytorch(plain, uneven):
-    initial, expected = plain["distcl"]
+    initial, expected = plain("distcl")
     assert_gradients_equal(uneven, expected, 1e-5)
     for kind in ("student weight", "student buffer", "teacher weight", "statistics.0.mean"):
         assert distance(uneven, expected, initial, kind) < 1e-3
 
 
 @cases()
-def test_student_equals_plain_pytorch(stage, method, plain, trained):
-    initial, expected = plain[method]
-    assert distance(trained[stage, method], expected, initial, "student weight") < 1e-3
+def test_student_equals_plain_pytorch(workers, stage, method, plain, trained):
+    initial, expected = plain(method)
+    assert distance(trained(workers, stage, method), expected, initial, "student weight") < 1e-3
 
 
 @cases("source_only")
 @pytest.mark.parametrize("kind", ["teacher weight", "statistics.0.mean", "statistics.0.variance"])
-def test_teacher_and_statistics_equal_plain_pytorch(kind, stage, method, plain, trained):
-    initial, expected = plain[method]
-    assert distance(trained[stage, method], expected, initial, kind) < 1e-3
+def test_teacher_and_statistics_equal_plain_pytorch(kind, workers, stage, method, plain, trained):
+    initial, expected = plain(method)
+    assert distance(trained(workers, stage, method), expected, initial, kind) < 1e-3
 
 
 @cases("source_only", "distcl micro")  # which has no teacher; whose batch-norm is frozen
 @pytest.mark.parametrize("kind", ["student buffer", "teacher buffer"])
-def test_running_statistics_equal_plain_pytorch(kind, stage, method, plain, trained):
-    initial, expected = plain[method]
-    assert distance(trained[stage, method], expected, initial, kind) < 1e-3
+def test_running_statistics_equal_plain_pytorch(kind, workers, stage, method, plain, trained):
+    initial, expected = plain(method)
+    assert distance(trained(workers, stage, method), expected, initial, kind) < 1e-3
 
 
 def test_bank_equals_plain_pytorch(plain, trained):
-    initial, expected = plain["bankcl"]
-    assert distance(trained[1, "bankcl"], expected, initial, "bank.0.rows") < 1e-3
+    initial, expected = plain("bankcl")
+    assert distance(trained(2, 1, "bankcl"), expected, initial, "bank.0.rows") < 1e-3
 
 
 def test_statistics_of_a_later_stage_equal_plain_pytorch(plain, trained):
-    initial, expected = plain["distcl per stage"]
-    state = trained[1, "distcl per stage"]
+    initial, expected = plain("distcl per stage")
+    state = trained(2, 1, "distcl per stage")
     assert distance(state, expected, initial, "statistics.1.mean") < 1e-3
 
 
 @cases("source_only")
-def test_class_counts_are_exact(stage, method, plain, trained):
-    counts = trained[stage, method]["statistics.0.count"]
-    assert torch.equal(counts, plain[method][1]["statistics.0.count"])
+def test_class_counts_are_exact(workers, stage, method, plain, trained):
+    counts = trained(workers, stage, method)["statistics.0.count"]
+    assert torch.equal(counts, plain(method)[1]["statistics.0.count"])

@@ -9,7 +9,7 @@ from cluster.data import DataConfig
 from cluster.loader import TrainLoader, load_samples
 from cluster.ranges import RangeReader, ReadCounters
 from cluster.read_metrics import summarize
-from cluster.reader import open_reader
+from cluster.reader import LostSampleError, open_reader
 from cluster.storage import Patience, StorageConfig, StorageError, open_storage
 from tests.cluster.faulty_proxy import FAULTS, FaultyProxy
 
@@ -81,19 +81,24 @@ def test_batches_are_those_of_a_store_without_faults(url, proxy, s3):
     assert quiet["data_retries"] == 0 and noisy["data_retries"] > 0
 
 
-@pytest.mark.parametrize(("fault", "attempts"), [("slow_down", 10), ("reset", 10), ("flip", 4)])
-def test_a_store_that_stays_broken_ends_the_run_with_the_key(url, proxy, fault, attempts):
+@pytest.mark.parametrize(
+    ("fault", "attempts", "lost"),
+    [("slow_down", 10, False), ("reset", 10, False), ("flip", 4, True)],
+)
+def test_a_store_that_stays_broken_is_an_error_with_the_key(url, proxy, fault, attempts, lost):
     faulty, counters = opened(url, proxy)
     proxy.share, proxy.faults = 1.0, (fault,)
-    with pytest.raises(StorageError, match=f"'frame007' is unreadable: .*{attempts} attempts"):
+    match = f"'frame007' is unreadable: .*{attempts} attempts"
+    with pytest.raises(StorageError, match=match) as caught:
         faulty.read(7)
+    assert isinstance(caught.value, LostSampleError) == lost
     assert counters.take()["requests"] == attempts == proxy.served[fault]
 
 
 def test_a_denied_sample_is_asked_for_once(url, proxy):
     faulty, _ = opened(url, proxy)
     proxy.share, proxy.faults = 1.0, ("denied",)
-    with pytest.raises(StorageError, match=r"'frame007' is unreadable: .*access denied"):
+    with pytest.raises(LostSampleError, match=r"'frame007' is unreadable: .*access denied"):
         faulty.read(7)
     assert proxy.served["denied"] == 1
 
@@ -104,7 +109,7 @@ def test_a_lost_shard_is_asked_for_once(folder, write_dataset, proxy, s3):
     write_dataset(folder, storage)
     faulty, counters = opened(url, proxy)
     storage.delete(faulty.manifest.shards[1].name)
-    with pytest.raises(StorageError, match=r"'frame006' is unreadable: .*no such object"):
+    with pytest.raises(LostSampleError, match=r"'frame006' is unreadable: .*no such object"):
         faulty.read(6)
     assert counters.take()["requests"] == 1
 
@@ -120,7 +125,7 @@ def test_pauses_double_up_to_a_limit_and_differ(tmp_path):
     storage = open_storage(str(tmp_path), StorageConfig())
     storage.get_range = lambda *_: (_ for _ in ()).throw(StorageError("reset"))
     broken = RangeReader(storage)
-    broken._closed = Recorder()
+    broken._stopped = Recorder()
     with pytest.raises(StorageError, match=r"reset \(10 attempts\)"):
         broken.read("key", 0, 1, lambda body: None)
     nominal = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 20.0]
@@ -128,11 +133,11 @@ def test_pauses_double_up_to_a_limit_and_differ(tmp_path):
     assert all(0.5 <= factor <= 1.5 for factor in factors) and len(set(factors)) == 9
 
 
-def test_closing_ends_a_read_that_waits_to_be_repeated(url, proxy, monkeypatch):
+def test_stopping_ends_a_read_that_waits_to_be_repeated(url, proxy, monkeypatch):
     monkeypatch.setattr(ranges, "FIRST_PAUSE_S", 1000)
     monkeypatch.setattr(ranges, "LONGEST_PAUSE_S", 1000)
     faulty, _ = opened(url, proxy)
     proxy.share, proxy.faults = 1.0, ("slow_down",)
-    faulty.close()
+    faulty.stop()
     with pytest.raises(StorageError, match="1 attempts"):
         faulty.read(7)

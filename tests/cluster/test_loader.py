@@ -164,7 +164,7 @@ def test_a_flipped_byte_is_an_error_with_the_key(folder, write_dataset, urls, tm
 
 @pytest.mark.parametrize("remote", [False, True], ids=["folder", "bucket"])
 def test_closing_leaves_nothing(urls, bucket, tmp_path, remote):
-    """No thread, no child, no file open, no file in the making."""
+    """No thread, no child, no file or connection open, no file in the making."""
     places, config = bucket if remote else (urls, StorageConfig())
 
     closed = []  # kept, so that nothing is only garbage
@@ -178,21 +178,30 @@ def test_closing_leaves_nothing(urls, bucket, tmp_path, remote):
         return set(threading.enumerate()), psutil.Process().children(), open_files()
 
     before = set(threading.enumerate()), psutil.Process().children()
-    # The client's own sockets belong to the process: the first time makes them.
+    connected = len(connections(config))
+    # The runtime of the client belongs to the process: the first time makes it.
     files_before = read()[2]
     for _ in range(3):
         threads, children, files = read()
         assert (threads, children) == before and len(files) <= len(files_before)
+    assert len(connections(config)) <= connected
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
 def open_files():
-    """What this process holds open besides connections that the client keeps for later."""
+    """What this process holds open besides sockets."""
     names = []
     for link in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):
             names.append(str(link.readlink()))
     return [name for name in names if not name.startswith("socket:")]
+
+
+def connections(config):
+    """This process's connections to the store."""
+    found = psutil.Process().net_connections("tcp")
+    places = [f"http://{c.raddr.ip}:{c.raddr.port}" for c in found if c.raddr]
+    return [place for place in places if place == config.endpoint]
 
 
 def test_waiting_is_measured(urls):

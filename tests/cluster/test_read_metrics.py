@@ -7,7 +7,7 @@ import pytest
 
 from cluster import read_metrics
 from cluster.ranges import ReadCounters
-from cluster.read_metrics import ReadMetrics, summarize
+from cluster.read_metrics import ReadMetrics, shown, summarize
 
 
 @pytest.fixture
@@ -34,6 +34,23 @@ def test_workers_add_up_and_shares_are_a_worker_s(clock):
         "data_cache_hit_share": 0.25,
         "data_queue_depth": 3.0,
         "data_wait_share": pytest.approx((0.1 + 0.3) / 2),
+    }
+
+
+def test_a_progress_bar_shows_all_of_it(clock):
+    counters = ReadCounters()
+    metrics = ReadMetrics(counters)
+    counters.add(bytes=12_300_000, requests=40, retries=3, samples=8, cache_hits=2)
+    metrics.add_step(1.0, 0.5)
+    metrics.add_step(4.0, 0.0)
+    clock[0] += 2
+    assert shown(summarize(metrics.take())) == {
+        "data wait": "25%",
+        "queue": "2.5",
+        "MB/s": "6.2",
+        "requests/s": "20",
+        "retries": "3",
+        "cache hits": "25%",
     }
 
 

@@ -14,6 +14,7 @@ import time
 import pyarrow.fs
 import pytest
 
+from cluster import stores
 from cluster.storage import (
     StorageConfig,
     StorageError,
@@ -215,7 +216,8 @@ def test_a_wrong_endpoint_is_said(unused_port):
     assert time.monotonic() - begin < 10
 
 
-def test_an_endpoint_that_never_answers_is_given_up():
+def test_an_endpoint_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(stores, "CONNECT_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         config = StorageConfig(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert "check --storage.endpoint" in refusal("s3://bucket/a", config)

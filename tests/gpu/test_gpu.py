@@ -1,4 +1,4 @@
-"""One training step on CUDA with NCCL in bf16; skipped where there is no GPU."""
+"""One training step on CUDA with NCCL in bf16 and fp16; skipped where there is no GPU."""
 
 import os
 
@@ -15,14 +15,16 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_distcl_step_moves_student_and_teacher(world_size, tmp_path):
+def test_a_distcl_step_moves_student_and_teacher(world_size, precision, tmp_path):
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs")
-    torch.multiprocessing.spawn(take_step, (world_size, str(tmp_path)), nprocs=world_size)
+    arguments = (world_size, str(tmp_path), precision)
+    torch.multiprocessing.spawn(take_step, arguments, nprocs=world_size)
 
 
-def take_step(rank: int, world_size: int, folder: str) -> None:
+def take_step(rank: int, world_size: int, folder: str, precision: str) -> None:
     """What each process does: the step, and its checks."""
     from cluster.config import EngineConfig
     from cluster.engine import Engine, adopt_process_group, autocast_dtype
@@ -38,15 +40,15 @@ def take_step(rank: int, world_size: int, folder: str) -> None:
     )
     adopt_process_group()
     config = method_config("distcl", start=0)
-    network, teacher, contrast = build(config, dist.new_group(), device)
+    network, teacher, contrast = build(config, dist.new_group(), device, precision)
     for part in (network, teacher.network):
-        part.autocast_dtype = autocast_dtype("bf16")
         set_batch_norm(part, "sync")
     seen = []
     network.encoder.register_forward_hook(
         lambda _, images, features: seen.append((images[0], features[-1].dtype))
     )
-    engine = Engine(network, EngineConfig(), config.optimization, projection_start=0)
+    engine_config = EngineConfig(precision=precision)
+    engine = Engine(network, engine_config, config.optimization, projection_start=0)
     initial = [full_state(network), full_state(teacher.network)]
 
     batch = global_batch(0, range(rank, BATCH, world_size))
@@ -67,6 +69,6 @@ def take_step(rank: int, world_size: int, folder: str) -> None:
     assert all(tensor.device == device for tensor in held)
     assert contrast.statistics[0].count.sum() > 0
     for images, dtype in seen:
-        assert images.device == device and dtype == torch.bfloat16
+        assert images.device == device and dtype == autocast_dtype(precision)
         assert images.is_contiguous(memory_format=torch.channels_last)
     dist.destroy_process_group()

@@ -1,8 +1,10 @@
 """Data and a finished run that several tests of jobs look at. Read only."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray.cluster_utils import Cluster
 
 from cluster.storage import StorageConfig, open_storage
 from tests.jobs.training import TINY, run_job
@@ -14,6 +16,19 @@ def joined(ray_cluster):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", ray_cluster)
         yield
+
+
+@pytest.fixture(scope="session")
+def nodes(aws_environment) -> Iterator[Cluster]:
+    """A cluster of a head that holds no worker and two nodes of one core.
+
+    A test that loses one of them adds another.
+    """
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
 
 
 @pytest.fixture(scope="session")

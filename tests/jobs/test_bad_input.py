@@ -1,5 +1,8 @@
 """A mistake is one line that names the thing and the fix, and leaves nothing behind."""
 
+import re
+import shutil
+
 import pytest
 
 from cluster.storage import StorageConfig, open_storage
@@ -25,6 +28,7 @@ from tests.jobs.training import TINY, run_job
         ({"model.num_classes": "3"}, ["model.num_classes is 3", "5 classes", "set it to 0"]),
         ({"model.encoder_weights": "nowhere.pth"}, ["nowhere.pth"]),
         ({"model.encoder": "no_such_encoder"}, ["no_such_encoder"]),
+        ({"engine.precision": "fp16"}, ["engine.precision fp16 needs GPUs"]),
         ({"workers": "4", "cpus_per_worker": "1"}, ["workers: 4", "2 CPU", "--workers"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -68,6 +72,19 @@ def test_a_run_that_does_not_exist_is_not_evaluated(tmp_path):
     assert job.returncode != 0
     assert "no run at" in job.stderr
     assert "Traceback" not in job.stderr
+
+
+def test_a_lost_object_ends_the_run_with_its_key_and_is_not_tried_again(data, joined, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(data["data.target"], target)
+    for shard in target.glob("shard-*"):
+        shard.unlink()
+    lost = {**data, "data.target": str(target), "run": "lost"}
+    job = run_job("jobs.train", {**TINY, **lost, "runs": str(tmp_path)})
+    assert job.returncode == 1
+    line = job.stderr.splitlines()[-1]
+    assert re.match(r"error: run .*/lost: sample 'frame\d+' is unreadable: .*no such object", line)
+    assert len(list((tmp_path / "lost/tensorboard").iterdir())) == 1  # one for each start
 
 
 def test_a_run_that_diverges_names_terms_and_samples_and_is_not_tried_again(data, joined, tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ray.cluster_utils import Cluster
 
 from tests.jobs.training import command, final_weights
 
@@ -36,7 +35,12 @@ def files_of(run: Path) -> set[Path]:
     return {path for path in files if path.parts[0] not in ("tensorboard", "stacks")}
 
 
-@pytest.mark.usefixtures("joined")
+@pytest.fixture(autouse=True)
+def several_nodes(nodes, monkeypatch):
+    """Each worker is on a node of its own, the driver on another."""
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -51,19 +55,12 @@ def test_a_worker_killed_in_mid_work_costs_only_time(fault, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_lost_node_costs_only_time(trained, tmp_path, monkeypatch):
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    try:
-        for _ in range(3):  # one to spare
-            nodes.add_node(num_cpus=1)
-        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
-        check_a_fault("node", trained, tmp_path)
-    finally:
-        nodes.shutdown()
+def test_a_lost_node_costs_only_time(nodes, trained, tmp_path):
+    nodes.add_node(num_cpus=1)  # one to spare
+    check_a_fault("node", trained, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("joined")
 def test_a_hanging_worker_is_replaced_and_the_waiting_ones_leave_stack_traces(trained, tmp_path):
     shown = check_a_fault("hang", trained, tmp_path, hang_timeout="30")
     traces = (tmp_path / "first/stacks/rank-00000-step-00000004.txt").read_text()

@@ -55,16 +55,6 @@ def test_a_second_writer_is_refused_and_a_fenced_one_commits_nothing(
     assert {checkpoint.generation for checkpoint in list_checkpoints(run)} == {1}
 
 
-@pytest.fixture
-def nodes():
-    """A cluster of a head that holds no worker and two nodes of one."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1)
-    yield cluster
-    cluster.shutdown()
-
-
 def drain(cluster: Cluster, node_id: str, seconds: int) -> None:
     subprocess.run(
         [

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ def test_the_same_command_continues_and_a_finished_run_stays_as_it_is(trained):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_one_worker_and_two_workers_see_the_same_losses(trained, tmp_path):
     run, options = trained
     job = run_job("jobs.train", {**options, "workers": "1", "runs": str(tmp_path)})
@@ -84,29 +86,40 @@ def test_training_from_s3_gives_the_losses_of_files(trained, s3, folder, write_d
     assert any(key.startswith("panels/") for key in remote.list())
 
 
-def test_a_killed_run_goes_on_as_if_never_killed_on_as_many_workers_or_fewer(trained, tmp_path):
-    run, options = trained
-    killed = {**options, "runs": str(tmp_path)}
-    manifest = tmp_path / "first/checkpoints/step-00000003-1/manifest.json"
+@pytest.fixture(scope="module")
+def killed(joined, trained, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """What a run leaves whose driver was killed after the first of its checkpoints; its options."""
+    runs = tmp_path_factory.mktemp("killed")
+    options = {**trained[1], "runs": str(runs)}
+    checkpoints = runs / "first/checkpoints"
     with subprocess.Popen(
-        command("jobs.train", killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command("jobs.train", options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as job:
         deadline = time.monotonic() + 120
+        manifest = checkpoints / "step-00000003-1/manifest.json"
         while not manifest.exists() and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(job.pid, signal.SIGKILL)
-    assert not (tmp_path / "first/checkpoints/step-00000006-1/manifest.json").exists()
-    shutil.copytree(tmp_path / "first", tmp_path / "smaller")
-    again = run_job("jobs.train", killed)
-    assert again.returncode == 0, again.stderr
+    assert not (checkpoints / "step-00000006-1/manifest.json").exists()
+    return runs, options
+
+
+def test_a_killed_run_goes_on_as_if_never_killed(trained, killed, tmp_path):
+    run, _ = trained
+    shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
+    job = run_job("jobs.train", {**killed[1], "runs": str(tmp_path)})
+    assert job.returncode == 0, job.stderr
     for name in ("student", "teacher", "statistics"):
         expected, found = final_weights(run, name), final_weights(tmp_path / "first", name)
         assert all(torch.equal(found[key], value) for key, value in expected.items())
 
-    smaller = run_job("jobs.train", {**killed, "run": "smaller", "workers": "1"})
-    assert smaller.returncode == 0, smaller.stderr
-    pairs = zip(losses(metrics(tmp_path / "smaller")), losses(metrics(run)), strict=True)
-    for one, two in pairs:
+
+def test_a_killed_run_goes_on_with_fewer_workers(trained, killed, tmp_path):
+    shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
+    job = run_job("jobs.train", {**killed[1], "runs": str(tmp_path), "workers": "1"})
+    assert job.returncode == 0, job.stderr
+    lines = losses(metrics(tmp_path / "first"))
+    for one, two in zip(lines, losses(metrics(trained[0])), strict=True):
         assert one == pytest.approx(two, rel=2e-3)
 
 

@@ -10,6 +10,9 @@ import pytest
 
 from cluster.ingest import IngestConfig, ingest
 from cluster.storage import StorageConfig, open_storage
+from cluster.verification import VerifyConfig, find
+from jobs.command_line import run
+from jobs.ingest import report
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -23,6 +26,14 @@ def user_verifies(address, *arguments):
         text=True,
         timeout=120,
     )
+
+
+def exit_code(*arguments):
+    """The same without a process of its own."""
+    words = [str(argument) for argument in arguments]
+    with pytest.raises(SystemExit) as caught:
+        run(report, VerifyConfig, check=find, arguments=words, command="verify")
+    return caught.value.code
 
 
 @pytest.fixture
@@ -69,15 +80,16 @@ def test_every_damaged_sample_is_reported_by_its_key(ray_cluster, data_set):
     )
 
 
-def test_damage_outside_the_samples_is_reported_by_the_shard(ray_cluster, data_set):
+def test_damage_outside_the_samples_is_reported_by_the_shard(data_set, capsys):
     storage, manifest = data_set
     damage(storage, manifest.shards[1].name, 3)
-    done = user_verifies(ray_cluster, storage.url)
-    assert done.returncode == 1
-    assert done.stdout.startswith(f"{manifest.shards[1].name}: its bytes outside the samples")
+    capsys.readouterr()
+    assert exit_code(storage.url) == 1
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{manifest.shards[1].name}: its bytes outside the samples")
 
 
-def test_nothing_to_verify_is_one_line_before_work_starts(tmp_path):
-    done = user_verifies("unused", tmp_path / "nothing")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"error: no manifest at file://.*\n", done.stderr)
+def test_nothing_to_verify_is_one_line_before_work_starts(tmp_path, capsys):
+    assert exit_code(tmp_path / "nothing") == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and re.fullmatch(r"error: no manifest at file://.*\n", shown.err)

@@ -37,7 +37,7 @@ def batch():
     return StepBatch(SEEDS, source, label, image, target_reference=reference)
 
 
-def adaptation_step(day_night, day_ratio=0.8):
+def adaptation_step(day_night, day_ratio=0.8, class_weight_std=0.05):
     torch.manual_seed(0)
     config = MethodConfig(
         model=ModelConfig(
@@ -60,6 +60,7 @@ def adaptation_step(day_night, day_ratio=0.8):
             crop_max_ratio=1.0,
             day_night=day_night,
             day_ratio=day_ratio,
+            class_weight_std=class_weight_std,
         ),
     )
     network = build_segmentor(config.model)
@@ -103,19 +104,20 @@ def test_the_fused_label_of_the_whole_image_places_one_box_in_both_images(batch)
         assert torch.equal(pictures["reference"][i], batch.target_reference[i, :, y, x])
 
 
-def test_without_day_night_the_night_image_alone_gives_the_label(batch):
-    step, network = adaptation_step(day_night=False)
+@pytest.mark.parametrize(("class_weight_std", "weight"), [(0.0, torch.ones(19)), (0.05, WEIGHT)])
+def test_without_day_night_the_target_image_alone_gives_the_label(batch, class_weight_std, weight):
+    step, network = adaptation_step(day_night=False, class_weight_std=class_weight_std)
     pictures, _ = run(step, network, batch)
-    night = step.teacher.probabilities(step.normalize(pictures["target"]))
-    assert torch.equal(pictures["pseudo_label"], night.argmax(1))
+    own = step.teacher.probabilities(step.normalize(pictures["target"]))
+    assert torch.equal(pictures["pseudo_label"], (own * weight[:, None, None]).argmax(1))
+    assert not torch.equal(own.argmax(1), (own * WEIGHT[:, None, None]).argmax(1))
 
 
-@pytest.mark.parametrize("day_night", [True, False])
-def test_class_weights_multiply_the_cross_entropies_of_day_and_night_alone(batch, day_night):
-    step, network = adaptation_step(day_night=day_night)
+@pytest.mark.parametrize(("class_weight_std", "class_weight"), [(0.0, None), (0.05, WEIGHT)])
+def test_class_weights_multiply_the_cross_entropies(batch, class_weight_std, class_weight):
+    step, network = adaptation_step(day_night=False, class_weight_std=class_weight_std)
     pictures, confident_share = run(step, network, batch)
     assert 0.1 < confident_share < 0.9
-    class_weight = WEIGHT if day_night else None
     for name, image, label, weight in (
         ("source_ce", batch.source_image, batch.source_label, None),
         ("mix_ce", pictures["mix"], pictures["mixed_label"][:, None], pictures["weight"]),
@@ -123,6 +125,15 @@ def test_class_weights_multiply_the_cross_entropies_of_day_and_night_alone(batch
         logits, _ = network(step.normalize(image), projections=False)
         expected = losses.cross_entropy(logits, label, weight, class_weight=class_weight)
         assert step.metrics[name].item() == pytest.approx(expected.item(), rel=1e-6), name
+
+
+def test_float64_probabilities_are_fused_in_float64():
+    day, night = torch.rand(2, 1, 19, 2, 3, dtype=torch.float64)
+    fused = fuse_day_night(day, night, day_ratio=0.7)
+    assert fused.dtype == torch.float64
+    road = torch.where(day > 0.4, 0.7 * day + 0.3 * night, 0.3 * day + 0.7 * night)[:, 0]
+    assert torch.allclose(fused[:, 0], road, rtol=1e-12)
+    assert torch.equal(fused[:, 5], night[:, 5])  # a pole does not stand where it stood
 
 
 def test_class_weights_fall_with_the_logarithm_of_the_frequency():

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from sepico import losses
 from sepico.statistics import ClassStatistics
+from tests.processes import run_ranks
 from tests.sepico.test_losses import CLASSES, MEAN, VARIANCE, WIDTH, bank_without, draw
 
 PIXELS = 30
@@ -35,8 +35,10 @@ def test_shares_of_a_contrast_add_up_to_that_of_all_pixels(count):
         assert sum(part[name] for part in parts).item() == pytest.approx(value.item(), rel=1e-6)
 
 
-def on_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def on_rank(rank: int, world_size: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
+    )
     group = dist.new_group()
     rows, labels = (tensor[SHARES[rank]] for tensor in whole())
     found = {}
@@ -55,7 +57,7 @@ def on_rank(rank: int, folder: str) -> None:
 
 
 def test_regularizer_and_statistics_of_a_group_are_those_of_all_pixels(tmp_path):
-    torch.multiprocessing.spawn(on_rank, (str(tmp_path),), nprocs=2)
+    run_ranks(on_rank, 2, str(tmp_path))
     rows, labels = whole()
     statistics = ClassStatistics(CLASSES, WIDTH)
     statistics.update(rows, labels)

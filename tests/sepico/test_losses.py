@@ -28,13 +28,14 @@ def bank_without(absent: int) -> FeatureBank:
     return bank
 
 
-def loss_of(term: str, rows, labels, temperature=0.5, absent=-1) -> torch.Tensor:
+def loss_of(term: str, rows, labels, temperature=0.5, absent=-1, **weights) -> torch.Tensor:
+    options = {"temperature": temperature, **weights}
     if term == "proto":
-        return losses.proto_contrast(rows, labels, MEAN, temperature=temperature)
+        return losses.proto_contrast(rows, labels, MEAN, **options)
     if term == "dist":
-        return losses.dist_contrast(rows, labels, MEAN, VARIANCE, temperature=temperature)
+        return losses.dist_contrast(rows, labels, MEAN, VARIANCE, **options)
     if term == "bank":
-        return losses.bank_contrast(rows, labels, bank_without(absent), temperature=temperature)
+        return losses.bank_contrast(rows, labels, bank_without(absent), **options)
     return losses.regularizer(rows, MEAN, temperature=temperature)
 
 
@@ -135,6 +136,22 @@ def test_a_small_temperature_does_not_overflow(term):
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(rows.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+@pytest.mark.parametrize("term", ["proto", "dist", "bank"])
+def test_labels_of_any_integer_type_are_the_same_labels(term, dtype):
+    rows, labels = draw(CLASSES, WIDTH), torch.arange(CLASSES).flip(0)
+    # As many pixels as classes: a weight a class indexed with bytes would take them for a mask.
+    weights = {} if term == "bank" else {"class_weight": draw(CLASSES).square()}
+    expected = loss_of(term, rows, labels, **weights)
+    assert torch.equal(loss_of(term, rows, labels.to(dtype), **weights), expected)
+
+
+@pytest.mark.parametrize("term", ["proto", "dist", "bank"])
+def test_every_pixel_needs_a_label(term):
+    with pytest.raises(ValueError, match="6 features, but 1 labels"):
+        loss_of(term, draw(6, WIDTH), torch.tensor([1]))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])

@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from sepico import losses
+from sepico.config import ContrastConfig, MethodConfig, ModelConfig
+from sepico.contrast import PixelContrast
 from sepico.statistics import ClassStatistics, FeatureBank
 
 DATA = Path(__file__).parent.parent / "data"
@@ -194,17 +196,40 @@ def test_feature_bank_holds_the_authors_rows_without_their_zero_row(name):
             assert bank.rows(c)[-len(pushed) :].numpy() == pytest.approx(pushed, abs=1e-5)
 
 
+def stage_contrast(variant: str, stored, stages: tuple[int, ...], **options) -> PixelContrast:
+    """The loss of these encoder stages at temperature 1, with the stored statistics of each."""
+    width = stored["mean_0"].shape[1]
+    model = ModelConfig(
+        projection_channels=width,
+        projection_stages=stages,
+        projection_mode="per_layer",
+        num_classes=CLASSES,
+    )
+    config = ContrastConfig(temperature=1.0, **options)
+    contrast = PixelContrast(MethodConfig(method=f"{variant}cl", model=model, contrast=config))
+    contrast.load_state_dict({
+        f"statistics.{i}.{name}": torch.from_numpy(value).double()
+        for i, stage in enumerate(stages)
+        for name, value in (
+            ("count", np.ones(CLASSES)),
+            ("mean", stored[f"mean_{stage}"]),
+            ("variance", stored[f"cov_{stage}"]),
+        )
+    })  # fmt: skip
+    return contrast
+
+
 @pytest.mark.parametrize("weights", ["w1", "wlist"])
 @pytest.mark.parametrize("variant", ["proto", "dist"])
 def test_sum_over_encoder_stages(variant, weights):
     stored = golden("module_layers")
+    stage_weights = (1.0,) * 4 if weights == "w1" else (0.1, 0.2, 0.3, 0.4)
+    contrast = stage_contrast(
+        variant, stored, (0, 1, 2, 3), regularizer_weight=0.5, stage_weights=stage_weights
+    )
     features = [torch.from_numpy(stored[f"feat_{i}"]).requires_grad_() for i in range(4)]
-    total = 0
-    for i, weight in enumerate([1] * 4 if weights == "w1" else [0.1, 0.2, 0.3, 0.4]):
-        rows, labels = losses.select_pixels(features[i], ints(stored["mask"]), num_classes=CLASSES)
-        of_stage = {"mean": stored[f"mean_{i}"], "cov": stored[f"cov_{i}"]}
-        spread = losses.regularizer(rows, torch.from_numpy(of_stage["mean"]), temperature=1.0)
-        total = total + weight * (contrast(variant, rows, labels, of_stage, 1.0) + 0.5 * spread)
+    labels = ints(stored["mask"])
+    total, _ = contrast.loss(features, labels, contrast.kept(features, labels))
     total.backward()
     key = f"{variant}_{weights}"
     assert total.item() == pytest.approx(float(stored[f"loss_{key}"]), rel=2e-5)
@@ -213,6 +238,16 @@ def test_sum_over_encoder_stages(variant, weights):
         assert (
             np.abs(features[i].grad.numpy() - gradient).max() <= 2e-5 * abs(gradient).max() + 1e-7
         )
+
+
+@pytest.mark.parametrize("regularized", [0, 1])
+def test_one_encoder_stage(regularized):
+    stored = golden("module_layers")
+    contrast = stage_contrast("dist", stored, (1,), weight=2.0, regularizer_weight=regularized)
+    features, labels = [torch.from_numpy(stored["feat_1"])], ints(stored["mask"])
+    total, _ = contrast.loss(features, labels, contrast.kept(features, labels))
+    expected = float(stored[f"single_dist_mean_reg{regularized}"])
+    assert total.item() == pytest.approx(expected, rel=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["plain", "weight", "class"])

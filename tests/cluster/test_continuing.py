@@ -1,0 +1,52 @@
+"""A run goes on only with what it began with; refused before a worker starts."""
+
+import json
+import shutil
+
+import pytest
+
+from cluster.config import TrainConfig
+from cluster.data import DataConfig
+from cluster.storage import StorageConfig, open_storage
+from cluster.training import _described, resolve, train
+from sepico.config import ModelConfig
+
+
+@pytest.fixture
+def begun(folder, write_dataset, tmp_path):
+    """`begun(**changes)`: the configuration of a run in TMP_PATH that has begun, changed."""
+    for name, labels in (("source", True), ("target", False)):
+        storage = open_storage(str(tmp_path / name), StorageConfig())
+        write_dataset(folder, storage, labels=labels)
+
+    def config(**changes) -> TrainConfig:
+        data = DataConfig(
+            source=str(tmp_path / "source"),
+            target=str(tmp_path / "target"),
+            crop_height=32,
+            crop_width=64,
+            rcs_min_pixels=50,
+        )
+        model = ModelConfig(encoder="tu-test_efficientnet", encoder_weights=None)
+        return TrainConfig(**{"run": str(tmp_path / "run"), "data": data, "model": model} | changes)
+
+    run = open_storage(str(tmp_path / "run"), StorageConfig())
+    run.put("config.json", json.dumps(_described(resolve(config()))).encode())
+    return config
+
+
+def test_another_architecture_is_refused(begun):
+    other = ModelConfig(encoder="tu-test_resnet", encoder_weights=None)
+    with pytest.raises(ValueError, match=r"model.encoder = 'tu-test_efficientnet', now it is"):
+        train(begun(model=other))
+
+
+def test_data_whose_classes_became_others_are_refused(begun, folder, write_dataset, tmp_path):
+    renamed = shutil.copytree(folder, tmp_path / "renamed")
+    classes = renamed / "classes.json"
+    classes.write_text(classes.read_text().replace("class3", "tram"))
+    for name, labels in (("source", True), ("target", False)):
+        storage = open_storage(str(tmp_path / name), StorageConfig())
+        write_dataset(renamed, storage, labels=labels)
+    with pytest.raises(ValueError, match=r"started with classes = .*'class3'.*now .*'tram'"):
+        train(begun())

@@ -1,0 +1,94 @@
+"""Every overlay and every component renders to objects in which nothing is wrong."""
+
+import json
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.demo import DemoConfig, dry_run
+from tests.k8s.crds import EXTRACT, extract
+from tests.k8s.manifests import K8S, OVERLAYS, find, problems, render
+
+SHARED = K8S.parents[1] / "shared" / "kuberay"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_nothing_is_wrong_with_an_overlay(rendered, overlay):
+    assert problems(rendered[overlay]) == []
+
+
+@pytest.mark.parametrize("component", ["kueue", "volcano"])
+def test_nothing_is_wrong_with_a_scheduler_in_the_gpu_overlay(k8s, component):
+    folder = k8s / "overlays" / f"gpu-{component}"
+    folder.mkdir()
+    kustomization = {
+        "resources": ["../gpu"],
+        "components": [f"../../components/{component}"],
+        "transformers": ["../../one-cluster"],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    objects = render(folder)
+    assert problems(objects) == []
+    for o in objects:
+        queued = any("queue-name" in key for key in o["metadata"].get("labels", {}))
+        assert queued == (o["kind"] in ("RayJob", "RayCluster"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_sweep_and_interactive_cluster_have_the_pods_of_train(rendered, overlay):
+    cluster = find(rendered[overlay], "RayJob", "train")["spec"]["rayClusterSpec"]
+    assert find(rendered[overlay], "RayJob", "sweep")["spec"]["rayClusterSpec"] == cluster
+    interactive = find(rendered[overlay], "RayCluster", "interactive")["spec"]
+    for group in ("headGroupSpec", "workerGroupSpecs"):
+        assert interactive[group] == cluster[group]
+
+
+def test_applying_an_overlay_for_gpus_starts_nothing(rendered):
+    for overlay in ("gpu", "production"):
+        started = [o for o in rendered[overlay] if o["apiVersion"].startswith("ray.io/")]
+        assert len(started) == 3 and all(o["spec"]["suspend"] for o in started)
+
+
+def test_one_more_gpu_worker_is_a_number(k8s, rendered):
+    before = yaml.safe_dump_all(rendered["gpu"])
+    kustomization = k8s / "overlays/gpu/kustomization.yaml"
+    text = kustomization.read_text()
+    kustomization.write_text(text.replace("eplicas, value: 2}", "eplicas, value: 3}"))
+    after = yaml.safe_dump_all(render(kustomization.parent))
+    kustomization.write_text(text)
+    assert before != after and len(before.splitlines()) == len(after.splitlines())
+
+
+def test_keys_of_the_local_store_are_ignored_by_git():
+    keys = K8S / "overlays/local-cpu/keys.env"
+    assert subprocess.run(["git", "check-ignore", "-q", keys], cwd=K8S).returncode == 0
+
+
+def test_the_image_passes_the_linter():
+    hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
+    done = subprocess.run([hadolint, K8S / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_check_at_the_end_of_the_images_build_passes(capsys):
+    last = (K8S / "Dockerfile").read_text().splitlines()[-1]
+    assert last == "RUN python -m jobs.demo --dry-run"
+    dry_run(DemoConfig())
+    assert "9 classes" in capsys.readouterr().out
+
+
+def test_the_operators_values_are_restricted_to_one_namespace():
+    values = yaml.safe_load((K8S / "operator/values.yaml").read_text())
+    assert values["singleNamespaceInstall"] and values["watchNamespace"] == ["sepico"]
+    assert values["image"]["tag"] == "v1.7.0"
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_the_extract_is_that_of_the_release():
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared")
+    assert json.loads(EXTRACT.read_text()) == extract(SHARED)
