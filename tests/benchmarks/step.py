@@ -195,13 +195,14 @@ def main() -> None:
         for precision in arguments.precision:
             case = network, precision, arguments.repeats
             encoder, step, parts = in_own_process(measure_time, *case)
-            peak, before = in_own_process(measure_memory, *case)
             print(
                 f"\n{network} {precision}: step {step:.2f} CPU-s = {step / encoder:.2f} x encoder "
-                f"({encoder:.2f} CPU-s); peak {peak:.2f} GiB, {before:.2f} of it before the network"
+                f"({encoder:.2f} CPU-s)"
             )
             for name, seconds in parts.items():
                 print(f"  {name:<30}{seconds:>7.2f} s{seconds / encoder:>7.2f} x", flush=True)
+            peak, before = in_own_process(measure_memory, *case)
+            print(f"  peak {peak:.2f} GiB, {before:.2f} of it before the network", flush=True)
 
 
 if __name__ == "__main__":

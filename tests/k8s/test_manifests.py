@@ -2,13 +2,16 @@
 
 import json
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 import yaml
 
-from jobs.demo import DemoConfig, dry_run
+from cluster.manifest import read_manifest
+from cluster.storage import StorageConfig, open_storage
+from jobs.demo import DATA_SETS, DemoConfig, dry_run
 from tests.k8s.crds import EXTRACT, extract
 from tests.k8s.manifests import K8S, OVERLAYS, find, problems, render
 
@@ -84,6 +87,17 @@ def test_the_operators_values_are_restricted_to_one_namespace():
     values = yaml.safe_load((K8S / "operator/values.yaml").read_text())
     assert values["singleNamespaceInstall"] and values["watchNamespace"] == ["sepico"]
     assert values["image"]["tag"] == "v1.7.0"
+
+
+@pytest.mark.slow
+def test_the_data_of_the_local_overlays_demo_are_what_its_job_reads(s3, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    script = K8S / "overlays/local-cpu/demo_data.py"
+    subprocess.run([sys.executable, script, "s3://k8s-demo", s3.endpoint], check=True)
+    storage = StorageConfig(endpoint=s3.endpoint)
+    for name, (_, count, labelled) in DATA_SETS.items():
+        manifest = read_manifest(open_storage(f"s3://k8s-demo/{name}", storage))
+        assert len(manifest) == count and manifest.labelled == labelled
 
 
 @pytest.mark.slow
