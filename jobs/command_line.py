@@ -63,6 +63,10 @@ def run(
         _end(error, DATA_ERROR if late else USAGE_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except SystemExit:  # Ray's waiting gives it a code of its own
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+            sys.exit(TERMINATED)
+        raise
 
 
 def _terminate(*_: object) -> NoReturn:
@@ -101,7 +105,7 @@ def _with_true(parser: ArgumentParser, arguments: list[str]) -> list[str]:
         for option in action.option_strings
     }
     completed = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         completed.append(argument)
         if argument in flags and following.startswith("--"):
             completed.append("true")
