@@ -146,12 +146,3 @@ def test_a_folder_of_broken_images_is_an_error(trained, tmp_path):
     (tmp_path / "in/a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"none of 1 images: .*a.png does not decode"):
         predict(PredictConfig(str(tmp_path / "in"), str(tmp_path / "to"), run=str(trained[0])))
-
-
-@pytest.mark.parametrize("damage", ["model.safetensors", "config.json"])
-def test_a_damaged_exported_network_is_one_line(exported, tmp_path, damage):
-    shutil.copytree(exported, tmp_path / "copy")
-    path = tmp_path / "copy" / damage
-    path.write_bytes(path.read_bytes()[:-100]) if damage != "config.json" else path.unlink()
-    with pytest.raises(ValueError, match="export"):
-        sepico.load(tmp_path / "copy")

@@ -1,13 +1,19 @@
 """Windows, scales and mirrored views answer as one picture; files are read as they are meant."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 from torch import nn
 
+import sepico
+from sepico.config import ModelConfig
+from sepico.exported import DESCRIPTION, WEIGHTS
+from sepico.network import build_segmentor
 from sepico.prediction import InferenceConfig, Predictor, class_probabilities, decode
 from sepico.taxonomies import Taxonomy
 
@@ -126,3 +132,31 @@ def test_what_is_no_8_bit_image_is_named(content):
     data = buffer.getvalue() if "16" in content else b"\x89PNG and nothing else"
     with pytest.raises(ValueError, match=f"street.png .*{content}"):
         decode(data, "street.png")
+
+
+@pytest.fixture
+def exported_folder(tmp_path):
+    """A small network as `jobs.export` writes it."""
+    model = {"encoder": "tu-test_efficientnet", "encoder_weights": None, "head_channels": 8}
+    model |= {"head_dilations": [1], "num_classes": 3}
+    network = build_segmentor(ModelConfig(**model), with_projection=False)
+    (tmp_path / WEIGHTS).write_bytes(save(network.state_dict()))
+    description = {"model": model, "taxonomy": TAXONOMY.to_dict(), "origin": {}}
+    (tmp_path / DESCRIPTION).write_text(json.dumps(description))
+    return tmp_path
+
+
+def test_an_exported_network_predicts_in_two_calls(exported_folder):
+    predictor = sepico.load(exported_folder)
+    found = predictor.predict(np.zeros((45, 70, 3), np.uint8))
+    assert found.labels.shape == (45, 70) and found.labels.max() < 3
+    assert predictor.taxonomy == TAXONOMY
+
+
+@pytest.mark.parametrize("damage", [WEIGHTS, DESCRIPTION])
+def test_a_damaged_exported_network_is_one_line(exported_folder, damage):
+    path = exported_folder / damage
+    path.unlink() if damage == DESCRIPTION else path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="export") as refused:
+        sepico.load(exported_folder)
+    assert "\n" not in str(refused.value)
