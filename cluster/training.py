@@ -151,6 +151,11 @@ def _train(config: TrainConfig, lease: Lease) -> dict[str, float] | Ended:
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what the data decides, make URLs absolute, and check everything against the data."""
+    for name in ("source", "target"):
+        if not getattr(config.data, name):
+            raise ValueError(
+                f"data.{name} is not set: give the URL that `python -m jobs.ingest` wrote"
+            )
     data = replace(
         config.data,
         source=absolute_url(config.data.source),
