@@ -6,6 +6,7 @@ rank 0, the manifest.
 """
 
 import json
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -60,12 +61,21 @@ class RunState:
 class CheckpointWriter:
     """Writes checkpoints behind the training's back, one at a time. Built by all ranks together.
 
-    Keeps the newest `keep_last` and the `keep_best` with the highest mIoU of the student.
+    Keeps the newest `keep_last` and the `keep_best` with the highest mIoU of the student. Rank 0
+    calls `committed`, from another thread, once one is complete.
     """
 
-    def __init__(self, storage: Storage, lease: Lease, keep_last: int, keep_best: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        lease: Lease,
+        keep_last: int,
+        keep_best: int,
+        committed: Callable[[Checkpoint], None] = lambda _: None,
+    ) -> None:
         self._storage, self._lease = storage, lease
         self._keep_last, self._keep_best = keep_last, keep_best
+        self._committed = committed
         # The thread's own group: its calls must not meet the training's.
         self._group = dist.new_group(backend="gloo")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -127,6 +137,7 @@ class CheckpointWriter:
         self._lease.renew(self._storage)
         manifest = json.dumps(asdict(checkpoint)).encode()
         self._storage.put(f"{checkpoint.prefix}/{MANIFEST}", manifest)
+        self._committed(checkpoint)
         complete = list_checkpoints(self._storage)
         measured = [known for known in complete if BEST_BY in known.metrics]
         measured.sort(key=lambda known: known.metrics[BEST_BY], reverse=True)

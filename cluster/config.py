@@ -92,6 +92,8 @@ class TrainConfig(MethodConfig):
         fall_back: If the newest checkpoint has a missing or damaged file, delete it and continue
             from the one before; otherwise such a file is an error.
         panel_every: Steps between pictures of a step.
+        profile: Write a torch profiler trace of a few steps, and the share of each part of them,
+            into the run's `profile/`.
     """
 
     run: str = ""
@@ -108,6 +110,7 @@ class TrainConfig(MethodConfig):
     keep_best: int = 1
     fall_back: bool = False
     panel_every: int = 500
+    profile: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -1,4 +1,4 @@
-"""Evaluate networks on a labelled set: from a configuration to confusion matrices and a report.
+"""Evaluate networks on a data set: from a configuration to a report, or to a submission.
 
 The networks are those of a run's checkpoint, or the one in a checkpoint file of the authors.
 """
@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,11 +18,13 @@ from cluster.checkpoint_format import Checkpoint, list_checkpoints, read_weights
 from cluster.config import WorkerRange
 from cluster.manifest import read_manifest
 from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage, read_url
+from cluster.submission import merge_parts
 from cluster.training import connect_ray, launch, load_config, place, run_url
 from sepico.config import ModelConfig
 from sepico.import_official import read_official
 from sepico.metrics import ConfusionMatrix
 from sepico.network import Segmentor, build_segmentor
+from sepico.prediction import InferenceConfig
 from sepico.taxonomies import Taxonomy
 
 
@@ -30,14 +32,21 @@ from sepico.taxonomies import Taxonomy
 class EvaluateConfig:
     """An evaluation of a run's newest checkpoint, or of a checkpoint file of the authors.
 
+    A set without labels is predicted into a zip file as the test servers of Dark Zurich and ACDC
+    take it: 8-bit train ids, the same with 255 where they are unsure, 16-bit confidences.
+
     Attributes:
         run: Name (a folder below `runs`) or URL of the run.
         checkpoint: Path or URL of one of the authors' .pth files, in place of a run.
         runs: URL of the folder that holds runs given by name, and reports on checkpoint files.
-        data: URL of a labelled data set; empty takes the run's validation set.
+        data: URL of a data set; empty takes the run's validation set.
         adapt_data: URL of images of the target domain; adds rows with batch-norm statistics
             re-estimated on them (AdaBN).
         workers: Ray Train workers; one GPU each where the cluster has GPUs.
+        worst: How many of the images with the lowest mIoU are pictured.
+        invalid_below: Confidence, 0..1, below which a submission marks a pixel as invalid.
+        inference: How an image is predicted.
+        storage: How object storage is reached.
     """
 
     run: str = ""
@@ -46,6 +55,9 @@ class EvaluateConfig:
     data: str = ""
     adapt_data: str = ""
     workers: int = 1
+    worst: int = 6
+    invalid_below: float = 0.0
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
@@ -55,12 +67,18 @@ class EvaluateConfig:
                 "--run NAME_OR_URL of a trained run or --checkpoint FILE.pth of the authors"
             )
         if self.checkpoint and not self.data:
-            raise ValueError("data is not set: --checkpoint needs --data URL of a labelled set")
+            raise ValueError("data is not set: --checkpoint needs --data URL of a data set")
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}: it must be at least 1")
+        if self.worst < 0:
+            raise ValueError(f"worst is {self.worst}: it must not be negative")
+        if not 0 <= self.invalid_below <= 1:
+            raise ValueError(f"invalid_below is {self.invalid_below}: it must lie in 0..1")
 
 
 @dataclass
 class EvaluationTask:
-    """The networks of a run or a file on one labelled data set, as trained or after AdaBN."""
+    """The networks of a run or a file on one data set, as trained or after AdaBN."""
 
     url: str  # of the run; of the file where `checkpoint` is None
     num_classes: int
@@ -70,13 +88,25 @@ class EvaluationTask:
     adapt_data: str = ""  # URL of the images for AdaBN, empty for "as trained"
 
 
+@dataclass
+class Output:
+    """What an evaluation does with its predictions, and where in `folder` it puts them."""
+
+    folder: str = ""  # URL
+    prefix: str = "evaluation"  # of keys below it
+    worst: int = 0
+    invalid_below: float = 0.0
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+
 def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], str]:
     """Evaluate a run or a checkpoint file; returns the report and the URL it was written to.
 
     The report holds, per row ("student", "teacher", each also "+ AdaBN"), mIoU and the IoU of
     every class in percent (null where a class is neither there nor predicted); with the 19
-    classes of Cityscapes also "miou_16" and "miou_13", over the classes of SYNTHIA. It lies in
-    the run folder, or below `runs` for a checkpoint file.
+    classes of Cityscapes also "miou_16" and "miou_13", over the classes of SYNTHIA; and the
+    worst images. Pictures lie beside it. Of a set without labels a row holds the URL of its
+    "submission". It lies in the run folder, or below `runs` for a checkpoint file.
     Raises ValueError, in one line, before any worker starts.
     """
     folder = config.runs if config.checkpoint else run_url(config.run, config.runs)
@@ -93,17 +123,19 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], str]:
         tasks = tasks_of_run(url, data, config.adapt_data, config.storage)
         name = PurePosixPath(data).name
         report = {"run": url, "step": tasks[0].checkpoint.step}
-    rows, taxonomy = evaluate_tasks(tasks, config.storage, config.workers, folder=store.url)
+    # Two data sets, or two files, may share their last part's name.
+    what = f"{url} {data} {config.adapt_data} {config.inference}"
+    prefix = f"evaluation/{name}-{xxhash.xxh3_64_hexdigest(what.encode())[:8]}"
+    output = Output(store.url, prefix, config.worst, config.invalid_below, config.inference)
+    rows, taxonomy = evaluate_tasks(tasks, config.storage, config.workers, output)
     report |= {
         "data": data,
+        "inference": asdict(config.inference),
         "classes": list(taxonomy.names),
         "rows": {name: row for task_rows in rows for name, row in task_rows.items()},
     }
-    # Two data sets, or two files, may share their last part's name.
-    digest = xxhash.xxh3_64_hexdigest(f"{url} {data} {config.adapt_data}".encode())[:8]
-    key = f"evaluation/{name}-{digest}.json"
-    store.put(key, json.dumps(report, indent=1).encode())
-    return report, f"{store.url}/{key}"
+    store.put(f"{prefix}.json", json.dumps(report, indent=1).encode())
+    return report, f"{store.url}/{prefix}.json"
 
 
 def tasks_of_run(
@@ -164,28 +196,35 @@ def networks_of(checkpoint: Checkpoint) -> list[str]:
 
 
 def load_network(
-    url: str, storage: StorageConfig, name: str = "student", checkpoint: Checkpoint | None = None
+    url: str,
+    storage: StorageConfig,
+    name: str = "student",
+    checkpoint: Checkpoint | None = None,
+    *,
+    with_projection: bool = False,
 ) -> Segmentor:
-    """A network of a run's checkpoint (the newest) in eval mode, without its projection head."""
+    """A network of a run's checkpoint (the newest) in eval mode.
+
+    Without its projection head, unless it has one and `with_projection` asks for it.
+    """
     run = open_storage(url, storage)
     weights = read_weights(run, checkpoint or list_checkpoints(run)[-1], name)
     model = replace(ModelConfig(**load_config(run)["model"]), encoder_weights=None)
-    network = build_segmentor(model, with_projection=False)
-    network.load_state_dict(
-        {key: value for key, value in weights.items() if not key.startswith("projection.")}
-    )
+    projects = any(key.startswith("projection.") for key in weights)
+    network = build_segmentor(model, with_projection=with_projection and projects)
+    if network.projection is None:
+        weights = {key: v for key, v in weights.items() if not key.startswith("projection.")}
+    network.load_state_dict(weights)
     return network.eval()
 
 
 def evaluate_tasks(
-    tasks: list[EvaluationTask], storage: StorageConfig, workers: int, *, folder: str
+    tasks: list[EvaluationTask], storage: StorageConfig, workers: int, output: Output
 ) -> tuple[list[dict[str, dict[str, Any]]], Taxonomy]:
     """Run tasks of one data set on one worker group; rows per task, and the classes."""
     store = open_storage(tasks[0].data, storage)
     store.check()
     manifest = read_manifest(store)
-    if not manifest.labelled:
-        raise ValueError(f"{store.url} has no labels: evaluate on a labelled data set")
     for url in {task.adapt_data for task in tasks if task.adapt_data}:
         read_manifest(open_storage(url, storage))
     for task in tasks:
@@ -198,18 +237,22 @@ def evaluate_tasks(
     cpus = place(workers)
     results = launch(
         "cluster.inference:evaluate_worker",
-        {"tasks": tasks, "storage": storage, "cpus": cpus},
+        {"tasks": tasks, "storage": storage, "cpus": cpus, "output": output},
         workers=WorkerRange(workers, workers),
         cpus=cpus,
         storage=storage,
-        folder=f"{folder}/evaluation/ray",
+        folder=f"{output.folder}/evaluation/ray",
     )
+    if not manifest.labelled:
+        for row in (row for task_rows in results for row in task_rows.values()):
+            row["submission"] = merge_parts(row.pop("parts"), output.folder, storage)
+        return results, manifest.taxonomy
     rows = [
         {
-            f"{name}{' + AdaBN' if task.adapt_data else ''}": report_row(counts, manifest.taxonomy)
-            for name, counts in networks.items()
+            name: report_row(row.pop("counts"), manifest.taxonomy) | row
+            for name, row in networks.items()
         }
-        for task, networks in zip(tasks, results, strict=True)
+        for networks in results
     ]
     return rows, manifest.taxonomy
 

@@ -1,50 +1,62 @@
 """Distributed evaluation: each worker predicts its share, the confusion matrix is all-reduced."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from cluster.engine import autocast_dtype, set_up_process
-from cluster.evaluation import EvaluationTask, task_networks
+from cluster.evaluation import EvaluationTask, Output, task_networks
 from cluster.loader import load_samples
-from cluster.reader import open_reader
-from cluster.storage import StorageConfig
+from cluster.manifest import Manifest
+from cluster.reader import Sample, ShardReader, open_reader
+from cluster.storage import StorageConfig, open_storage
+from cluster.submission import write_part
 from sepico.metrics import ConfusionMatrix
 from sepico.network import Segmentor
 from sepico.normalization import set_batch_norm
+from sepico.panels import confusion_picture, error_map, image_grid
+from sepico.prediction import InferenceConfig, class_probabilities
+from sepico.taxonomies import Taxonomy
+
+
+def predict_share(
+    network: Segmentor, reader: ShardReader, config: InferenceConfig, device: torch.device
+) -> Iterator[tuple[Sample, Tensor]]:
+    """This rank's samples with their probabilities (C, H, W), of a network in eval mode.
+
+    A collective: every rank makes equally many forwards, the last ones for nobody, because
+    sharded parameters are gathered by all ranks together.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rounds = math.ceil(len(reader.manifest) / world_size)
+    # Samples that follow each other lie side by side: one request reads many.
+    mine = range(rank * rounds, min((rank + 1) * rounds, len(reader.manifest)))
+    indices = [mine[turn] if turn < len(mine) else 0 for turn in range(rounds)]
+    for turn, sample in enumerate(load_samples(reader, indices)):
+        image = sample.image[None].to(device).float() / 255
+        probabilities = class_probabilities(network, image, config)[0]
+        if turn < len(mine):
+            yield sample, probabilities
 
 
 @torch.no_grad()
 def evaluate_network(
     network: Segmentor, data_url: str, storage: StorageConfig, device: torch.device
 ) -> ConfusionMatrix:
-    """Confusion matrix of a network (in eval mode) on a labelled data set. A collective.
-
-    Every rank makes equally many forwards, the last ones without counting them, because sharded
-    parameters are gathered by all ranks together.
-    """
+    """Confusion matrix of a network on a labelled data set. A collective."""
     reader = open_reader(data_url, storage)
-    manifest = reader.manifest
-    taxonomy = manifest.taxonomy
+    taxonomy = reader.manifest.taxonomy
     matrix = ConfusionMatrix(taxonomy.num_classes, taxonomy.ignore_index)
     training = network.training
     network.eval()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    rounds = math.ceil(len(manifest) / world_size)
-    # Samples that follow each other lie side by side: one request reads many.
-    mine = range(rank * rounds, min((rank + 1) * rounds, len(manifest)))
-    indices = [mine[turn] if turn < len(mine) else 0 for turn in range(rounds)]
-    for turn, sample in enumerate(load_samples(reader, indices)):
-        image = sample.image[None].to(device).float() / 255
-        logits, _ = network(network.normalize(image), projections=False)
-        logits = nn.functional.interpolate(
-            logits, sample.label.shape, mode="bilinear", align_corners=False
-        )
-        if turn < len(mine):
-            matrix.update(logits[0].argmax(0), sample.label.to(device))
+    for sample, probabilities in predict_share(network, reader, InferenceConfig(), device):
+        matrix.update(probabilities.argmax(0), sample.label.to(device))
     network.train(training)
     matrix.all_reduce(device)
     return matrix
@@ -88,24 +100,110 @@ def adapt_batch_norm(
     network.eval()
 
 
-def evaluate_worker(payload: dict[str, Any]) -> list[dict[str, list[list[int]]]]:
-    """Evaluate every task in `tasks` on a Ray Train group.
+def evaluate_worker(payload: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
+    """Evaluate every task in `tasks` on a Ray Train group; rank 0's answer is complete.
 
-    Returns, a task each, the confusion counts (C, C) of "student" and, if there is one, "teacher".
+    Returns, a task each, what was found of "student" and, if there is one, "teacher": the
+    confusion "counts" (C, C) and the "worst" images, or the keys of a submission's "parts".
     """
     device = set_up_process(payload["cpus"])
-    return [_evaluate(task, payload["storage"], device) for task in payload["tasks"]]
+    storage, output = payload["storage"], payload["output"]
+    return [_evaluate(task, storage, output, device) for task in payload["tasks"]]
 
 
 def _evaluate(
-    task: EvaluationTask, storage: StorageConfig, device: torch.device
-) -> dict[str, list[list[int]]]:
-    counts = {}
+    task: EvaluationTask, storage: StorageConfig, output: Output, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    rows = {}
     for name, network in task_networks(task, storage):
         network.to(device)
         network.autocast_dtype = autocast_dtype(task.precision)
         set_batch_norm(network, "sync")
         if task.adapt_data:
+            name = f"{name} + AdaBN"
             adapt_batch_norm(network, task.adapt_data, storage, device)
-        counts[name] = evaluate_network(network, task.data, storage, device).counts.tolist()
-    return counts
+        reader = open_reader(task.data, storage)
+        predicted = predict_share(network, reader, output.inference, device)
+        act = _measure if reader.manifest.labelled else _submit
+        prefix = f"{output.prefix}/{name.lower().replace(' + ', '-')}"
+        rows[name] = act(predicted, reader.manifest, storage, output, prefix, device)
+    return rows
+
+
+def _measure(
+    predicted: Iterator[tuple[Sample, Tensor]],
+    manifest: Manifest,
+    storage: StorageConfig,
+    output: Output,
+    prefix: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The confusion matrix and the worst images over all ranks; rank 0 writes their pictures."""
+    taxonomy = manifest.taxonomy
+    matrix = ConfusionMatrix(taxonomy.num_classes, taxonomy.ignore_index)
+    worst: list[WorstImage] = []
+    for sample, probabilities in predicted:
+        own = ConfusionMatrix(taxonomy.num_classes, taxonomy.ignore_index)
+        labels = probabilities.argmax(0)
+        own.update(labels, sample.label.to(device))
+        matrix.counts += own.counts
+        miou = own.mean_iou()
+        if not math.isnan(miou):  # an image without a labelled pixel is neither good nor bad
+            worst.append(WorstImage(sample, labels.byte().cpu(), miou))
+            worst = sorted(worst, key=lambda image: image.miou)[: output.worst]
+    matrix.all_reduce(device)
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, worst)
+    everywhere = [image for share in shares for image in share]
+    worst = sorted(everywhere, key=lambda image: image.miou)[: output.worst]
+    if worst and dist.get_rank() == 0:
+        store = open_storage(output.folder, storage)
+        store.put(f"{prefix}/confusion.png", confusion_picture(matrix.counts, taxonomy))
+        store.put(f"{prefix}/worst.png", _picture(worst, taxonomy))
+    found = [{"key": image.sample.key, "miou": round(100 * image.miou, 2)} for image in worst]
+    return {"counts": matrix.counts.tolist(), "worst": found}
+
+
+@dataclass
+class WorstImage:
+    """An image, its predicted labels (H, W) uint8 and their mIoU, a fraction."""
+
+    sample: Sample
+    labels: Tensor
+    miou: float
+
+
+def _picture(worst: list[WorstImage], taxonomy: Taxonomy) -> bytes:
+    rows = []
+    for image in worst:
+        truth, labels = image.sample.label.numpy(), image.labels.numpy()
+        rows.append(
+            [
+                (f"{image.sample.key}: {100 * image.miou:.1f}", _pixels(image.sample)),
+                ("truth", taxonomy.paint(truth)),
+                ("prediction", taxonomy.paint(labels)),
+                ("wrong in red", error_map(labels, truth, taxonomy.ignore_index)),
+            ]
+        )
+    return image_grid(rows, taxonomy)
+
+
+def _pixels(sample: Sample) -> np.ndarray:
+    return sample.image.permute(1, 2, 0).numpy()
+
+
+def _submit(
+    predicted: Iterator[tuple[Sample, Tensor]],
+    manifest: Manifest,
+    storage: StorageConfig,
+    output: Output,
+    prefix: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Each rank writes the part of a submission that holds its images."""
+    named = ((sample.key, probabilities) for sample, probabilities in predicted)
+    parts = [f"{prefix}/part-{rank:05d}.zip" for rank in range(dist.get_world_size())]
+    store = open_storage(output.folder, storage)
+    write_part(named, store, parts[dist.get_rank()], output.invalid_below)
+    dist.barrier()
+    return {"parts": parts}

@@ -9,13 +9,18 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import psutil
 import ray
+import torch
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.io import decode_image
 from tqdm import tqdm
 
+from cluster.events import log_event
+from cluster.prometheus import RunGauges
 from cluster.storage import Storage
 
 METRICS = "metrics.jsonl"
@@ -36,19 +41,35 @@ class RunLog:
             # Steps after the checkpoint are taken again: their old lines go.
             self._lines = [line for line in lines if json.loads(line)["step"] < start_step]
         self._writer = SummaryWriter(self._folder.name, purge_step=start_step)
+        self._gauges = RunGauges(PurePosixPath(storage.url).name)
         self._synced = time.monotonic()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record metrics after 0-based step `step`; uploads at most every ten seconds."""
-        self._lines.append(json.dumps({"step": step, **metrics}))
+        """Record metrics after 0-based step `step`; uploads at most every ten seconds.
+
+        A name NAME/CLASS is the metric NAME of one class.
+        """
+        now = round(time.time(), 3)
+        self._lines.append(json.dumps({"step": step, "time": now, **metrics}))
+        self._gauges.set({"step": step, "diverged": 0, **metrics})
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         if time.monotonic() - self._synced > 10:
             self.sync()
 
     def picture(self, name: str, step: int, png: bytes) -> None:
-        """Write `panels/NAME-STEP.png`."""
+        """Write `panels/NAME-STEP.png`, and show it in TensorBoard."""
         self._storage.put(f"panels/{name}-{step:08d}.png", png)
+        pixels = decode_image(torch.frombuffer(bytearray(png), dtype=torch.uint8), mode="RGB")
+        self._writer.add_image(f"panels/{name}", pixels, step)
+
+    def diverged(self) -> None:
+        """Publish that the numbers are not finite any more."""
+        self._gauges.set({"diverged": 1})
+
+    def committed(self) -> None:
+        """Publish when the newest checkpoint was complete, for alerts."""
+        self._gauges.set({"checkpoint_time_seconds": time.time()})
 
     def sync(self) -> None:
         """Upload metrics and events as they are now."""
@@ -64,22 +85,29 @@ class RunLog:
         self._folder.cleanup()
 
 
+def used_bytes(device: torch.device) -> int:
+    """Memory of this worker: the most that tensors took on its GPU, else what the process has."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
 @ray.remote(num_cpus=0)
 class ProgressActor:
     """Holds the latest progress of a run."""
 
     def __init__(self) -> None:
         self._latest: dict[str, Any] = {}
-        self._notes: list[str] = []
+        self._events: list[tuple[str, str, dict[str, Any]]] = []
         self._hung: dict[tuple[int, str], list[int]] = {}
         self._end_reason = ""
 
     def update(self, done: int, total: int, shown: dict[str, str]) -> None:
         self._latest = {"done": done, "total": total, "shown": shown}
 
-    def note(self, line: str) -> None:
-        """Show a line once."""
-        self._notes.append(line)
+    def event(self, level: str, name: str, fields: dict[str, Any]) -> None:
+        """Log an event at the driver: see `cluster.events`."""
+        self._events.append((level, name, fields))
 
     def hung(self, rank: int, step: int, stacks: str) -> None:
         """Show, in one line for all ranks, that a step hangs and where their stack traces lie."""
@@ -93,14 +121,15 @@ class ProgressActor:
         """Why the run ends; empty while it goes on."""
         return self._end_reason
 
-    def latest(self) -> tuple[dict[str, Any], list[str]]:
-        """Progress, and the lines since the last call."""
-        notes, self._notes = self._notes, []
+    def latest(self) -> tuple[dict[str, Any], list[tuple[str, str, dict[str, Any]]]]:
+        """Progress, and the events since the last call."""
+        events, self._events = self._events, []
         for (step, stacks), ranks in self._hung.items():
             named = ", ".join(str(rank) for rank in sorted(ranks))
-            notes.append(f"step {step} hangs: stack traces of rank {named} in {stacks}")
+            message = f"step {step} hangs: stack traces of rank {named} in {stacks}"
+            events.append(("warning", "hangs", {"step": step, "message": message}))
         self._hung = {}
-        return self._latest, notes
+        return self._latest, events
 
 
 class ProgressDisplay:
@@ -125,11 +154,11 @@ class ProgressDisplay:
         while not finished:
             finished = self._done.wait(0.5 if terminal else 5.0)
             try:
-                latest, notes = ray.get(self._actor.latest.remote(), timeout=5)
+                latest, events = ray.get(self._actor.latest.remote(), timeout=5)
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
                 continue
-            for line in notes:
-                tqdm.write(line, file=sys.stderr)
+            for event in events:
+                log_event(*event)
             if not latest:
                 continue
             if bar is None:

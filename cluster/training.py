@@ -1,7 +1,11 @@
 """From a configuration to a running Ray Train group: checks first, then workers."""
 
 import json
+import logging
 import os
+import signal
+import socket
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +22,8 @@ from cluster.checkpoint_format import check_newest, delete_incomplete
 from cluster.config import TrainConfig, WorkerRange
 from cluster.data import check_data
 from cluster.deepspeed_config import read_deepspeed
+from cluster.errors import WorkError
+from cluster.events import EVENTS, log_event
 from cluster.lease import Lease, hold_lease
 from cluster.manifest import read_manifest
 from cluster.storage import (
@@ -32,11 +38,14 @@ from cluster.telemetry import ProgressActor, ProgressDisplay
 from sepico.network import check_model
 
 CONFIG = "config.json"
+CONNECT_TIMEOUT_S = 5
+ABORT_TIMEOUT_S = 15
 # What a continued run may change: where and how long it runs, not what it computes.
 _CHANGEABLE = {
     "run", "runs", "workers", "cpus_per_worker", "placement_timeout", "max_failures",
     "hang_timeout", "log_every", "checkpoint_every", "keep_last", "keep_best", "fall_back",
-    "panel_every", "storage", "validation", "data.cache", "data.cache_bytes", "data.threads",
+    "panel_every", "profile", "storage", "validation", "data.cache", "data.cache_bytes",
+    "data.threads",
     "data.prefetch", "engine.zero_stage", "engine.offload_optimizer", "engine.deepspeed",
 }  # fmt: skip
 
@@ -49,18 +58,45 @@ class Ended:
 
 
 def connect_ray() -> None:
-    """Join the cluster this process belongs to (RAY_ADDRESS, `ray job submit`), or start one."""
+    """Join the cluster this process belongs to (RAY_ADDRESS, `ray job submit`), or start one.
+
+    Raises ValueError, in one line, where the cluster does not answer or lets us not in.
+    """
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    # Ray would put its own handler, with an exit code of its own, in the place of a job's.
+    terminate = signal.getsignal(signal.SIGTERM)
+    debug = EVENTS.isEnabledFor(logging.DEBUG)
+    level = "debug" if debug else "error"
+    options: dict[str, Any] = {"log_to_driver": debug, "logging_level": level}
     if address := os.environ.get("RAY_ADDRESS"):
+        _check_address(address)
         try:
             ray.init(**options)
-        except ConnectionError:
-            raise ValueError(f"no Ray cluster answers at RAY_ADDRESS {address}") from None
+        except (ConnectionError, ray.exceptions.AuthenticationError):
+            raise ValueError(
+                f"the Ray cluster at RAY_ADDRESS {address} lets this process not in: give its "
+                "token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, and use its version of Ray"
+            ) from None
     else:
         # Ray counts the container's cores itself; the dashboard costs seconds and memory.
         ray.init("local", include_dashboard=False, **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
+
+
+def _check_address(address: str) -> None:
+    """Raise ValueError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():  # "auto" and "local" are Ray's to understand
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ValueError(
+            f"no Ray cluster answers at RAY_ADDRESS {address} ({error.strerror or error}): start "
+            "it, correct the address, or unset it to work on this machine alone"
+        ) from None
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -88,7 +124,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         run.put(CONFIG, json.dumps(wanted, indent=1).encode())
         metrics = _train(replace(config, cpus_per_worker=cpus), lease)
     if isinstance(metrics, Ended):
-        raise ValueError(f"run {config.run}: {metrics.reason}")
+        raise WorkError(f"run {config.run}: {metrics.reason}")
+    log_event("info", "finished", {"run": config.run, **metrics})
     return {**metrics, "run": config.run}
 
 
@@ -98,6 +135,8 @@ def _train(config: TrainConfig, lease: Lease) -> dict[str, float] | Ended:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = ProgressActor.options(scheduling_strategy=here).remote()
     payload = {"config": config, "run_url": config.run, "lease": lease, "progress": progress}
+    fields = {"run": config.run, "method": config.method, "steps": config.optimization.steps}
+    log_event("info", "started", fields)
     with ProgressDisplay(progress, config.method, "step"):
         return launch(
             "cluster.worker:train_worker",
@@ -112,6 +151,11 @@ def _train(config: TrainConfig, lease: Lease) -> dict[str, float] | Ended:
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what the data decides, make URLs absolute, and check everything against the data."""
+    for name in ("source", "target"):
+        if not getattr(config.data, name):
+            raise ValueError(
+                f"data.{name} is not set: give the URL that `python -m jobs.ingest` wrote"
+            )
     data = replace(
         config.data,
         source=absolute_url(config.data.source),
@@ -256,13 +300,13 @@ def launch(
     """Run `worker` ("module:function", called with `payload`) on a Ray Train group.
 
     Ray starts as many of an elastic range as there is room for, and starts the group again when
-    that changes. Returns rank 0's return value. Raises ValueError with the worker's own message for
+    that changes. Returns rank 0's return value. Raises WorkError with the worker's own message for
     bad data, RuntimeError for anything else.
     """
     filesystem, path = pyarrow_filesystem(folder, storage)
     parent, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
     gpu, fixed = use_gpu(), workers.min == workers.max
-    trainer = TorchTrainer(
+    trainer = _InterruptibleTrainer(
         _call,
         train_loop_config={"worker": worker, **payload},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -280,6 +324,9 @@ def launch(
     )
     try:
         return trainer.fit().return_value
+    except (KeyboardInterrupt, SystemExit):
+        trainer.abort()
+        raise
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
         if not failures:
@@ -288,8 +335,23 @@ def launch(
         causes = [getattr(failure, "_base_exc", failure) for failure in failures.values()]
         for cause in causes:
             if isinstance(cause, ValueError):
-                raise ValueError(str(cause)) from error
+                raise WorkError(str(cause)) from error
         raise RuntimeError(str(causes[0])) from error
+
+
+class _InterruptibleTrainer(TorchTrainer):
+    """Leaves interrupts to the job: Ray's own handler would end it with exit code 0."""
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """End the workers before the run's lease is given back; the actor ends with them."""
+        if self._controller is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.get(self._controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
 
 
 def _call(payload: dict[str, Any]) -> Any:

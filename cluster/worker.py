@@ -1,6 +1,7 @@
 """The training loop of one worker."""
 
 import copy
+import json
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from cluster import read_metrics
 from cluster.activation_checkpointing import checkpoint_activations
-from cluster.checkpoint_format import delete_incomplete, list_checkpoints
+from cluster.checkpoint_format import Checkpoint, delete_incomplete, list_checkpoints
 from cluster.checkpoints import CheckpointWriter, RunState, restore_checkpoint
 from cluster.config import TrainConfig
 from cluster.engine import (
@@ -21,13 +22,15 @@ from cluster.engine import (
     set_up_process,
     shard_teacher,
 )
+from cluster.environment import ENVIRONMENT, describe_environment
 from cluster.evaluation import mean_ious
 from cluster.inference import evaluate_network
 from cluster.lease import Lease
 from cluster.loader import Batch, TrainLoader
+from cluster.profiling import StepProfiler
 from cluster.reader import LostSampleError
 from cluster.storage import Storage, open_storage
-from cluster.telemetry import RunLog
+from cluster.telemetry import RunLog, used_bytes
 from cluster.training import Ended
 from cluster.watchdog import Watchdog
 from sepico.contrast import PixelContrast
@@ -110,7 +113,9 @@ class _Trainer:
             shard_teacher(self.teacher)
         self.state = RunState(self.engine, self.teacher, self.contrast)
         self.start = self._restore()
-        self.checkpoints = CheckpointWriter(run, lease, config.keep_last, config.keep_best)
+        self.checkpoints = CheckpointWriter(
+            run, lease, config.keep_last, config.keep_best, self._committed
+        )
         self.loader = TrainLoader(
             config.data,
             config.storage,
@@ -130,7 +135,36 @@ class _Trainer:
             class_weights(pixel_counts, config.teacher.class_weight_std).to(device),
         )
         self.log = RunLog(run, self.start) if self.rank == 0 else None
+        if self.rank == 0:
+            found = describe_environment(device, self.world_size, config.cpus_per_worker)
+            run.put(ENVIRONMENT, json.dumps(found, indent=1).encode())
         self.preemption: ray.train.PreemptionInfo | None = None
+        self.profiler = self._profiler() if config.profile and self.rank == 0 else None
+
+    def _profiler(self) -> StepProfiler:
+        """Names the parts of a step."""
+        profiler, teacher = StepProfiler(self.run, self.device), self.teacher
+        profiler.part("data", self, "_next_batch")
+        profiler.part("student forward", self.engine.module, "forward")
+        profiler.part("backward", self.engine.module, "backward")
+        profiler.part("gradient all-reduce", self.engine.module, "allreduce_gradients")
+        profiler.part("optimiser", self.engine.module, "step")
+        profiler.part("cross entropy", self.step, "_cross_entropy")
+        profiler.part("augmentation", self.step, "_strong")
+        if teacher is not None:
+            profiler.part("pseudo-labels", teacher, "probabilities")
+            profiler.part("source features", teacher, "embeddings")
+            profiler.part("class statistics", self.step, "_start_statistics")
+            profiler.part("contrast", self.contrast, "loss")
+            profiler.part("teacher average", self.engine, "update_teacher")
+        profiler.part("logging", self, "_log")
+        profiler.part("validation", self, "_validate")
+        return profiler
+
+    def _committed(self, checkpoint: Checkpoint) -> None:
+        self.log.committed()
+        fields = {"step": checkpoint.step, "key": checkpoint.prefix}
+        self.progress.event.remote("info", "checkpoint", fields)
 
     def close(self) -> None:
         self.loader.close()
@@ -147,13 +181,15 @@ class _Trainer:
     def train(self) -> dict[str, float] | Ended:
         validated: dict[str, float] = {}
         timer = _Timer(self.start)
-        batches = iter(self.loader)
+        self.batches = iter(self.loader)
         for step in range(self.start, self.steps):
             self.watchdog.beat(step)
-            batch = next(batches)
+            batch = self._next_batch()
             self._seed(step)
             student = self.engine.module.module.train()
-            terms = self.step.terms(self.engine, self._to_device(batch), step)
+            done = step + 1
+            logged = done % self.config.log_every == 0 or done == self.steps
+            terms = self.step.terms(self.engine, self._to_device(batch), step, per_class=logged)
             try:
                 self.engine.step(terms, step)
             except DivergenceError:
@@ -162,8 +198,7 @@ class _Trainer:
                 optimization, alpha = self.config.optimization, self.config.teacher.ema_alpha
                 decay = ema_decay(step, optimization, alpha)
                 self.engine.update_teacher(self.teacher, decay)
-            done = step + 1
-            if done % self.config.log_every == 0 or done == self.steps:
+            if logged:
                 self._log(step, timer)
             if self.log and self.step.pictures and done % self.config.panel_every == 0:
                 panel = step_panel(self.step.pictures, self.loader.source.taxonomy)
@@ -183,10 +218,17 @@ class _Trainer:
             self.checkpoints.poll()
             if validate:
                 ray.train.report({"step": done, **validated})
+            if self.profiler and (table := self.profiler.step_done(done)):
+                self.progress.event.remote("info", "profiled", {"step": done, "message": table})
         return validated
+
+    def _next_batch(self) -> Batch:
+        return next(self.batches)
 
     def _diverged(self, step: int, batch: Batch) -> Ended:
         """Say what is not finite and on which samples. A collective."""
+        if self.log:
+            self.log.diverged()
         found = [name for name, value in self.step.metrics.items() if not value.isfinite()]
         pairs = zip(batch.source_keys, batch.target_keys, strict=True)
         samples = [f"{source} with {target}" for source, target in pairs]
@@ -210,8 +252,8 @@ class _Trainer:
             return False
         if self.log:
             nodes = ", ".join(self.preemption.preempted_node_to_ranks)
-            note = f"node {nodes} is being drained: checkpoint at step {done}"
-            self.progress.note.remote(note)
+            message = f"node {nodes} is being drained: checkpoint at step {done}"
+            self.progress.event.remote("warning", "drained", {"step": done, "message": message})
         return True
 
     def _seed(self, step: int) -> None:
@@ -242,6 +284,7 @@ class _Trainer:
         values = torch.stack([self.step.metrics[name].double() for name in names])
         dist.all_reduce(values)
         metrics = dict(zip(names, (values / self.world_size).tolist(), strict=True))
+        metrics |= self._class_means()
         if "pseudo_label_right" in metrics:
             known = metrics.pop("pseudo_label_known")
             metrics["pseudo_label_accuracy"] = metrics.pop("pseudo_label_right") / max(known, 1e-9)
@@ -254,6 +297,9 @@ class _Trainer:
         dist.all_reduce(sums)
         reading = read_metrics.summarize(sums.tolist())
         metrics |= reading
+        memory = torch.tensor(used_bytes(self.device), dtype=torch.float64, device=self.device)
+        dist.all_reduce(memory, dist.ReduceOp.MAX)
+        metrics["memory_bytes"] = memory.item()
         if self.log:
             self.log.log(step, metrics)
             shown = {
@@ -265,21 +311,40 @@ class _Trainer:
             shown |= read_metrics.shown(reading)
             self.progress.update.remote(step + 1, self.steps, shown)
 
+    def _class_means(self) -> dict[str, float]:
+        """Means per class over all workers, of the classes that occur: NAME/CLASS."""
+        names = sorted(self.step.class_sums)
+        if not names:
+            return {}
+        sums = torch.stack([self.step.class_sums[name] for name in names])
+        dist.all_reduce(sums)
+        classes = self.loader.source.taxonomy.names
+        return {
+            f"{name}/{label}": total / count
+            for name, (totals, counts) in zip(names, sums.tolist(), strict=True)
+            for label, total, count in zip(classes, totals, counts, strict=True)
+            if count
+        }
+
     def _validate(self, student: Segmentor, step: int) -> dict[str, float]:
         networks = {"student": student}
         if self.teacher is not None:
             networks["teacher"] = self.teacher.network
-        metrics = {}
+        metrics, per_class = {}, {}
+        taxonomy = self.loader.source.taxonomy
         for name, network in networks.items():
             # A long validation is no hang.
             with network.register_forward_pre_hook(lambda *_: self.watchdog.beat()):
                 matrix = evaluate_network(
                     network, self.config.validation.data, self.config.storage, self.device
                 )
-            means = mean_ious(matrix, self.loader.source.taxonomy)
+            means = mean_ious(matrix, taxonomy)
             metrics |= {f"{name}_{key}": 100 * mean for key, mean in means.items()}
+            ious = zip(taxonomy.names, matrix.iou().tolist(), strict=True)
+            per_class |= {f"{name}_iou/{key}": 100 * iou for key, iou in ious if iou == iou}
         if self.log:
-            self.log.log(step, metrics)
+            self.log.log(step, metrics | per_class)
+            self.progress.event.remote("info", "validated", {"step": step + 1, **metrics})
         return metrics
 
 

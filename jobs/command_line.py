@@ -1,13 +1,16 @@
 """What every job's command line does alike.
 
-`--config` takes a preset's name or a YAML file, every key is a flag (`--section.key value`), later
-ones win, and `--print_config` shows the result. A user's mistake is one line on stderr, never a
-traceback: exit code 2 if it shows before work starts, 1 if it shows later.
+`--config` takes a preset's name or a YAML file, every key is a flag (`--section.key value`, a bare
+`--key` for true), later ones win, and `--print_config` shows the result. `--log-level` sets which
+events are shown. A user's mistake is one line on stderr, never a traceback: exit code 2 if it shows
+before work starts, 1 if it shows later. An interrupt (Ctrl-C, `ray job stop`) ends a job through
+its `finally` clauses, with 130 or 143.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable
 from importlib.resources import files
@@ -16,9 +19,12 @@ from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
+from cluster.errors import WorkError
+from cluster.events import LEVELS, set_log_level
+
 Config = TypeVar("Config")
-USAGE_ERROR, DATA_ERROR, INTERRUPTED = 2, 1, 130
-DRY_RUN = "--dry-run"
+USAGE_ERROR, DATA_ERROR, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+DRY_RUN, LOG_LEVEL = "--dry-run", "--log-level"
 
 
 def run(
@@ -34,13 +40,15 @@ def run(
 
     With `dry_run` there is a flag `--dry-run` that calls it instead of both. `check` looks at the
     world outside the configuration (folders, stores) before work starts: a ValueError there is a
-    usage error like one in the configuration itself.
+    usage error like one in the configuration itself. Without `check` so is one in `main`, unless it
+    is a WorkError.
 
     `command` is the word that `arguments` came after, for a job that does several things; keys
     without a default are then words too, not flags.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     config = parse(config_class, arguments, dry_run=dry_run is not None, command=command)
+    signal.signal(signal.SIGTERM, _terminate)
     if dry_run is not None and DRY_RUN in arguments:
         main, check = dry_run, None
     try:
@@ -51,9 +59,19 @@ def run(
     try:
         main(config)
     except ValueError as error:
-        _end(error, DATA_ERROR)
+        late = check is not None or isinstance(error, WorkError)
+        _end(error, DATA_ERROR if late else USAGE_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except SystemExit:  # Ray's waiting gives it a code of its own
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+            sys.exit(TERMINATED)
+        raise
+
+
+def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the end takes its time
+    sys.exit(TERMINATED)
 
 
 def parse(
@@ -68,12 +86,30 @@ def parse(
     if dry_run:
         what = "Build everything, train nothing, print what the run would be."
         parser.add_argument(DRY_RUN, action="store_true", help=what)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        namespace = parser.instantiate(parser.parse_args(arguments))
+        namespace = parser.instantiate(parser.parse_args(_with_true(parser, arguments)))
+        set_log_level(namespace.log_level)
         names = [field.name for field in dataclasses.fields(config_class)]
         return config_class(**{name: namespace[name] for name in names})
     except (ArgumentError, TypeError, ValueError) as error:
         _end(error, USAGE_ERROR)
+
+
+def _with_true(parser: ArgumentParser, arguments: list[str]) -> list[str]:
+    """The arguments with the "true" that a bare flag of a boolean key stands for."""
+    flags = {
+        option
+        for action in parser._actions
+        if getattr(action, "_typehint", None) is bool
+        for option in action.option_strings
+    }
+    completed = []
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+        completed.append(argument)
+        if argument in flags and following.startswith("--"):
+            completed.append("true")
+    return completed
 
 
 def presets() -> list[str]:
@@ -110,6 +146,8 @@ def _parser(config_class: type, command: str | None) -> ArgumentParser:
         print_config="--print_config",
     )
     parser.add_argument("--config", action=_PresetOrFile, help="Preset name or YAML file.")
+    what = "Events on stderr: this level and above; debug adds what workers print."
+    parser.add_argument(LOG_LEVEL, choices=LEVELS, default="info", help=what)
     parser.add_class_arguments(config_class, as_positional=command is not None)
     return parser
 

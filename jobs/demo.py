@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from cluster.config import TrainConfig
-from cluster.evaluation import evaluate_tasks, load_network, tasks_of_run
+from cluster.evaluation import Output, evaluate_tasks, load_network, tasks_of_run
 from cluster.ingest import IngestConfig, ingest
 from cluster.reader import open_reader
 from cluster.storage import StorageConfig, absolute_url, open_storage
@@ -60,9 +60,8 @@ def main(config: DemoConfig) -> None:
         for url in runs.values()
         for task in tasks_of_run(url, data["night_val"], data["night"], storage)
     ]
-    rows, _ = evaluate_tasks(
-        tasks, storage, config.workers, folder=absolute_url(str(root / "evaluation"))
-    )
+    output = Output(absolute_url(str(root / "evaluation")))
+    rows, _ = evaluate_tasks(tasks, storage, config.workers, output)
     trained, adapted = rows[0::2], rows[1::2]
     results = {
         name: (trained[i]["student"]["miou"], adapted[i]["student + AdaBN"]["miou"])

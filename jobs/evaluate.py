@@ -1,7 +1,8 @@
-"""IoU on a labelled set, of a run or of a checkpoint file of the authors.
+"""IoU on a labelled set, or a submission of an unlabelled one, of a run or of an authors' file.
 
 python -m jobs.evaluate --run RUN [--data URL]
 python -m jobs.evaluate --checkpoint FILE.pth --data URL
+python -m jobs.evaluate --run RUN --data URL --inference.scales [0.5,1,1.5] --inference.flip true
 """
 
 from typing import Any
@@ -38,7 +39,8 @@ def _line(label: str, values: list[float | None], names: list[str], width: int) 
 def main(config: EvaluateConfig) -> None:
     """Print the table and say where its JSON lies."""
     report, url = evaluate(config)
-    print(table(report))
+    submissions = [row["submission"] for row in report["rows"].values() if "submission" in row]
+    print("\n".join(f"submission {place}" for place in submissions) or table(report))
     what = report.get("checkpoint") or f"step {report['step']} of {report['run']}"
     print(f"{what} on {report['data']}; written to {url}")
 

@@ -19,8 +19,12 @@ from cluster.verification import VerifyConfig, find, verify
 from jobs.command_line import run
 
 
-def main(config: IngestConfig) -> None:
+def begin(config: IngestConfig) -> None:
+    check(config)
     connect_ray()
+
+
+def main(config: IngestConfig) -> None:
     manifest = ingest(config)
     size = sum(shard.size for shard in manifest.shards)
     print(
@@ -45,4 +49,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["verify"]:
         run(report, VerifyConfig, check=find, arguments=sys.argv[2:], command="verify")
     else:
-        run(main, IngestConfig, check=check)
+        run(main, IngestConfig, check=begin)

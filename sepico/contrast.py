@@ -100,6 +100,21 @@ class PixelContrast:
             parts["regularizer"] = spread
         return total, parts
 
+    @torch.no_grad()
+    def similarity(self, projections: Projections, labels: Tensor) -> Tensor:
+        """Cosines of pixels and the mean of their class, for telemetry: sums and counts (2, C).
+
+        Of the last projection; labels (B, 1, H, W).
+        """
+        rows, classes = self._select(_listed(projections)[-1], labels)
+        means = self.statistics[-1].mean[classes]
+        cosines = torch.nn.functional.cosine_similarity(rows.float(), means)
+        sums = [
+            torch.bincount(classes, weights, minlength=self.num_classes).double()
+            for weights in (cosines.double(), None)
+        ]
+        return torch.stack(sums)
+
     def _against(self, i: int, rows: Tensor, classes: Tensor, count: Tensor) -> Tensor:
         options = {"temperature": self.config.temperature, "count": count}
         if self.method == "bankcl":

@@ -37,6 +37,40 @@ def _to_rgb(picture: Tensor, taxonomy: Taxonomy) -> np.ndarray:
     return taxonomy.paint(picture.numpy())
 
 
+def error_map(prediction: np.ndarray, truth: np.ndarray, ignore_index: int) -> np.ndarray:
+    """Label maps (H, W) -> (H, W, 3) uint8: wrong pixels red, right ones grey, unlabelled black."""
+    picture = np.where(prediction == truth, 90, 0).astype(np.uint8)[..., None].repeat(3, -1)
+    picture[(prediction != truth)] = (220, 30, 30)
+    picture[truth == ignore_index] = 0
+    return picture
+
+
+def confusion_picture(counts: Tensor, taxonomy: Taxonomy) -> bytes:
+    """PNG of a confusion matrix (C, C): of each true class (rows), percent predicted as each."""
+    shares = 100 * counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    side = 2.2 + 0.42 * taxonomy.num_classes
+    figure = Figure((side, side), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+    ticks = range(taxonomy.num_classes)
+    axes.set_xticks(ticks, taxonomy.names, rotation=90, fontsize=7)
+    axes.set_yticks(ticks, taxonomy.names, fontsize=7)
+    axes.set_xlabel("predicted", fontsize=8)
+    axes.set_ylabel("true", fontsize=8)
+    for row, column in (shares >= 0.5).nonzero().tolist():
+        share = shares[row, column].item()
+        color = "white" if share > 50 else "black"
+        axes.text(column, row, f"{share:.0f}", color=color, ha="center", va="center", fontsize=6)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def image_grid(grid: list[list[tuple[str, np.ndarray]]], taxonomy: Taxonomy) -> bytes:
     """PNG of titled (H, W, 3) uint8 images in rows, with the classes' colours below."""
     height, width = grid[0][0][1].shape[:2]
@@ -56,6 +90,4 @@ def image_grid(grid: list[list[tuple[str, np.ndarray]]], taxonomy: Taxonomy) -> 
         for name, color in zip(taxonomy.names, taxonomy.colors, strict=True)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return _png(figure)

@@ -20,6 +20,7 @@ class LabelledCrop:
     label: Tensor  # (B, h, w) int64
     trusted_label: Tensor  # (B, 1, h, w) int64, ignored where untrusted
     confident: Tensor  # () number of pixels above the threshold
+    score: Tensor  # () mean of the labels' scores
     truth: Tensor | None  # (B, h, w) int64, for analysis
     reference: Tensor | None  # (B, 3, h, w), the same box of the day image
 
@@ -89,6 +90,7 @@ class PseudoLabeller:
             label,
             torch.where(trusted, label, 255)[:, None],
             (score >= config.threshold).sum(),
+            score.mean(),
             None if truth is None else truth[:, 0],
             reference,
         )

@@ -60,11 +60,18 @@ class AdaptationStep:
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         # Scalars and pictures of the latest step, for telemetry.
         self.metrics: dict[str, Tensor] = {}
+        self.class_sums: dict[str, Tensor] = {}  # sums and counts (2, C) of a mean per class
         self.pictures: dict[str, Tensor] = {}
 
-    def terms(self, student: Student, batch: StepBatch, step: int) -> Iterator[Tensor]:
-        """Yield the step's loss terms; each graph may be freed before the next is asked for."""
-        self.metrics, self.pictures = {}, {}
+    def terms(
+        self, student: Student, batch: StepBatch, step: int, *, per_class: bool = False
+    ) -> Iterator[Tensor]:
+        """Yield the step's loss terms; each graph may be freed before the next is asked for.
+
+        `per_class` measures `class_sums` too.
+        """
+        self.metrics, self.class_sums, self.pictures = {}, {}, {}
+        self._per_class = per_class
         batches = batch.split(self.config.optimization.passes(self.world_size))
         if self.config.method == "source_only":
             for batch in batches:
@@ -114,10 +121,15 @@ class AdaptationStep:
         loss = self._cross_entropy(logits, mixed_label, weight)
         self._measure("mix_ce", loss)
         self.metrics["confident_share"] = known.confident_share
+        share = self._share(len(batch.seeds))
+        self._measure("teacher_confidence", share * target.score)
+        if self._per_class:
+            voted = target.label.flatten().bincount(minlength=self.config.model.num_classes)
+            everything = torch.full_like(voted, target.label.numel())
+            self._add_per_class("pseudo_label_share", torch.stack([voted, everything]).double())
         if target.truth is not None:
             labelled = target.truth != 255
             right = (target.label == target.truth) & labelled
-            share = self._share(len(batch.seeds))
             self._measure("pseudo_label_right", share * right.float().mean())
             self._measure("pseudo_label_known", share * labelled.float().mean())
         self.pictures = {
@@ -143,6 +155,10 @@ class AdaptationStep:
     def _measure(self, name: str, part: Tensor) -> None:
         """Add a pass's part of a metric."""
         self.metrics[name] = self.metrics.get(name, 0) + part.detach()
+
+    def _add_per_class(self, name: str, sums: Tensor) -> None:
+        """Add a pass's sums and counts (2, C)."""
+        self.class_sums[name] = self.class_sums.get(name, 0) + sums
 
     def _strong(self, images: Tensor, seeds: list[int]) -> Tensor:
         return torch.stack(
@@ -191,6 +207,9 @@ class AdaptationStep:
         self, domain: str, projections: Projections, labels: Tensor, counts: Tensor
     ) -> Tensor:
         loss, parts = self.contrast.loss(projections, labels, counts)
+        if self._per_class:
+            similarity = self.contrast.similarity(projections, labels)
+            self._add_per_class(f"{domain}_similarity", similarity)
         for name, value in parts.items():
             self._measure(f"{domain}_{name}", value)
         return loss

@@ -51,6 +51,7 @@ def ray_cluster(aws_environment: None) -> Iterator[str]:
         num_cpus=2,
         include_dashboard=False,
         _node_ip_address="127.0.0.1",
+        _system_config={"metrics_report_interval_ms": 1000},
         logging_level="error",
     )
     yield context.address_info["address"]

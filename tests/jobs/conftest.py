@@ -51,6 +51,7 @@ def trained(ray_cluster, data, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     options = {**TINY, **data, "runs": str(runs), "run": "first"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", ray_cluster)
-        job = run_job("jobs.train", options)
+        job = run_job("jobs.train", {**options, "profile": "true"})
     assert job.returncode == 0, job.stderr
+    (runs / "first.stderr").write_text(job.stderr)
     return runs / "first", options

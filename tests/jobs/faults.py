@@ -57,9 +57,9 @@ class _Fault:
         }
         _wrap(*places[fault])
 
-    def _count_steps(self, original: Callable, *args: Any) -> Any:
+    def _count_steps(self, original: Callable, *args: Any, **options: Any) -> Any:
         self.step = args[-1]
-        return original(*args)
+        return original(*args, **options)
 
     def _note_recovery(self, original: Callable, *args: Any) -> None:
         original(*args)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from cluster.errors import WorkError
 from jobs.command_line import parse, presets, run
 
 
@@ -120,8 +121,13 @@ def test_the_exit_code_says_whether_work_had_started(capsys):
     def refuse(config):
         raise ValueError("bad\ndata")
 
+    def begin_and_refuse(config):
+        raise WorkError("bad\ndata")
+
     arguments = ["--steps", "1"]
-    assert failure(capsys, run, refuse, Outer, arguments=arguments) == (1, "error: bad data\n")
+    assert failure(capsys, run, refuse, Outer, arguments=arguments) == (2, "error: bad data\n")
+    begun = failure(capsys, run, begin_and_refuse, Outer, arguments=arguments)
+    assert begun == (1, "error: bad data\n")
     checked = failure(capsys, run, pytest.fail, Outer, check=refuse, arguments=arguments)
     assert checked == (2, "error: bad data\n")
 

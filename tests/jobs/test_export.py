@@ -38,6 +38,6 @@ def test_the_three_lines_need_neither_ray_nor_deepspeed(trained, tmp_path):
 
 def test_a_step_without_checkpoint_is_named(trained, tmp_path):
     job = run_job("jobs.export", {"run": str(trained[0]), "to": str(tmp_path), "step": "4"})
-    assert job.returncode == 1
+    assert job.returncode == 2
     assert "has no checkpoint of step 4; complete are: 3, 6" in job.stderr
     assert not list(tmp_path.iterdir())

@@ -47,7 +47,7 @@ def command(module: str, options: dict[str, str]) -> list[str]:
 
 
 def run_job(module: str, options: dict[str, str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command(module, options), capture_output=True, text=True, timeout=180)
+    return subprocess.run(command(module, options), capture_output=True, text=True, timeout=400)
 
 
 def metrics(run: Path) -> list[dict]:

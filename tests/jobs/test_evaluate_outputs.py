@@ -1,0 +1,56 @@
+"""What `python -m jobs.evaluate` leaves beside its table: pictures, or a benchmark's submission."""
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster.evaluation import EvaluateConfig, evaluate
+from cluster.storage import StorageConfig, open_storage
+from sepico.prediction import InferenceConfig
+
+pytestmark = pytest.mark.usefixtures("joined")
+
+
+def test_worst_images_and_confusion_are_pictured_beside_the_report(trained):
+    run, _ = trained
+    inference = InferenceConfig(scales=(0.5, 1.0), flip=True, window="32x32")
+    report, url = evaluate(EvaluateConfig(run=str(run), workers=2, worst=3, inference=inference))
+    folder = run / "evaluation" / url.rpartition("/")[2].removesuffix(".json")
+    for row in ("student", "teacher"):
+        worst = [image["miou"] for image in report["rows"][row]["worst"]]
+        assert len(worst) == 3 and worst == sorted(worst)
+        for name in ("confusion", "worst"):
+            picture = Image.open(folder / row / f"{name}.png")
+            assert min(picture.size) > 200
+    assert json.loads((folder.parent / f"{folder.name}.json").read_text()) == report
+    assert report["inference"]["flip"] is True
+
+
+def test_a_set_without_labels_becomes_the_submission_that_servers_take(trained):
+    run, options = trained
+    config = EvaluateConfig(run=str(run), data=options["data.target"], workers=2, invalid_below=0.4)
+    report, _ = evaluate(config)
+    place = report["rows"]["student"]["submission"]
+    folder, _, name = place.rpartition("/")
+    store = open_storage(folder, StorageConfig())
+    assert store.list() == [name]  # the workers' parts are gone
+    with zipfile.ZipFile(io.BytesIO(store.get(name))) as archive:
+        folders = {path.split("/")[0] for path in archive.namelist()}
+        assert folders == {"labelTrainIds", "labelTrainIds_invalid", "confidence"}
+        assert len(archive.namelist()) == 3 * 12
+        read = {
+            part: np.asarray(Image.open(io.BytesIO(archive.read(f"{part}/frame003.png"))))
+            for part in folders
+        }
+    labels, valid, sure = (
+        read[part] for part in ("labelTrainIds", "labelTrainIds_invalid", "confidence")
+    )
+    assert labels.dtype == np.uint8 and labels.shape == (48, 64) and labels.max() < 5
+    assert sure.dtype == np.uint16
+    unsure = sure < round(0.4 * 65535)
+    assert unsure.any() and not unsure.all()
+    assert (valid[unsure] == 255).all() and (valid[~unsure] == labels[~unsure]).all()

@@ -1,0 +1,110 @@
+"""What a person sees of a run: metrics per class, TensorBoard, events, a profile, a dashboard."""
+
+import json
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import ray
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cluster.prometheus import RunGauges, prediction_counters
+from tests.jobs.training import metrics
+
+CLASSES = [f"class{i}" for i in range(5)]
+DASHBOARD = Path(__file__).parents[2] / "k8s/monitoring/dashboard.json"
+
+
+def test_metrics_say_what_the_teacher_believes_and_how_classes_gather(trained):
+    lines = [line for line in metrics(trained[0]) if "mix_ce" in line]
+    for line in lines:
+        shares = [value for key, value in line.items() if key.startswith("pseudo_label_share/")]
+        assert sum(shares) == pytest.approx(1)
+        assert 0.2 <= line["teacher_confidence"] <= 1
+        assert line["memory_bytes"] > 1e7 and line["gradient_norm"] > 0
+        for domain in ("source", "target"):
+            found = [v for key, v in line.items() if key.startswith(f"{domain}_similarity/")]
+            assert all(-1 <= value <= 1 for value in found)
+            assert bool(found) == ("target_contrast" in line)
+
+
+def test_validations_say_the_iou_of_every_class(trained):
+    line = [line for line in metrics(trained[0]) if "student_miou" in line][-1]
+    ious = [line[f"student_iou/{name}"] for name in CLASSES if f"student_iou/{name}" in line]
+    assert sum(ious) / len(ious) == pytest.approx(line["student_miou"])
+
+
+def test_tensorboard_shows_scalars_and_panels(trained):
+    events = EventAccumulator(str(trained[0] / "tensorboard")).Reload()
+    assert events.Images("panels/step")[0].step == 3
+    assert {"learning_rate", "pseudo_label_share/class0"} <= set(events.Tags()["scalars"])
+
+
+def test_events_are_one_json_object_a_line(trained):
+    lines = (trained[0].parent / "first.stderr").read_text().splitlines()
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    names = [event["event"] for event in events]
+    assert names[0] == "started" and names[-1] == "finished"
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [3, 6]
+    assert [event["step"] for event in events if event["event"] == "validated"] == [3, 6]
+    assert all(event["level"] == "info" and event["time"] for event in events)
+
+
+def test_a_profile_shares_out_the_whole_step(trained):
+    folder = trained[0] / "profile"
+    rows = (folder / "step-00000006.txt").read_text().splitlines()[1:]
+    found = dict(re.fullmatch(r"(.+?) +[\d.]+ +([\d.]+)%", row).groups() for row in rows)
+    whole = float(found.pop("step"))
+    assert whole == 100
+    assert sum(map(float, found.values())) == pytest.approx(100, abs=1)
+    assert {"data", "student forward", "backward", "pseudo-labels", "contrast"} <= set(found)
+    trace = json.loads((folder / "step-00000006.trace.json").read_text())
+    assert {"backward", "contrast"} <= {event.get("name") for event in trace["traceEvents"]}
+
+
+@pytest.fixture
+def scraped(ray_cluster) -> str:
+    """What a Ray node's Prometheus port says of a run with one metric, and of predictions."""
+
+    @ray.remote
+    class Worker:
+        def publish(self) -> None:
+            self.gauges = RunGauges("first")
+            self.gauges.set({"mix_ce": 1.5, "student_iou/class3": 42.0})
+            self.counters = prediction_counters()
+            for counter in self.counters:
+                counter.inc(7)
+
+    worker = Worker.remote()
+    ray.get(worker.publish.remote())
+    (node,) = ray.nodes()
+    url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 60
+    text = ""
+    while "sepico_failed_images" not in text and time.monotonic() < deadline:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            text = response.read().decode()
+    return text
+
+
+def test_prometheus_reads_metrics_and_counters_from_the_node(scraped):
+    lines = [line for line in scraped.splitlines() if line.startswith("ray_sepico_")]
+    values = {
+        (line.split("{")[0], re.search(r'class_name="([^"]*)"|$', line)[1]): float(line.split()[-1])
+        for line in lines
+    }
+    assert values["ray_sepico_mix_ce", ""] == 1.5
+    assert values["ray_sepico_student_iou", "class3"] == 42
+    assert values["ray_sepico_predicted_images_total", None] == 7
+
+
+def test_the_dashboard_asks_for_what_a_run_publishes(trained):
+    known = {key.split("/")[0] for line in metrics(trained[0]) for key in line} - {"time"}
+    known |= {"predicted_images_total", "failed_images_total"}
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    asked = {name for query in queries for name in re.findall(r"ray_sepico_(\w+)", query)}
+    assert len(asked) > 15
+    assert asked <= known
