@@ -12,7 +12,7 @@ from cluster.evaluation import EvaluationTask, task_networks
 from cluster.loader import load_samples
 from cluster.reader import open_reader
 from cluster.storage import StorageConfig
-from sepico.metrics import ConfusionMatrix
+from sepico.metrics import Certainty, ConfusionMatrix
 from sepico.network import Segmentor
 from sepico.normalization import set_batch_norm
 
@@ -20,8 +20,9 @@ from sepico.normalization import set_batch_norm
 @torch.no_grad()
 def evaluate_network(
     network: Segmentor, data_url: str, storage: StorageConfig, device: torch.device
-) -> ConfusionMatrix:
-    """Confusion matrix of a network (in eval mode) on a labelled data set. A collective.
+) -> tuple[ConfusionMatrix | None, Certainty]:
+    """Confusion matrix (None without labels) and certainty of a network on a data set, in eval
+    mode. A collective.
 
     Every rank makes equally many forwards, the last ones without counting them, because sharded
     parameters are gathered by all ranks together.
@@ -29,7 +30,9 @@ def evaluate_network(
     reader = open_reader(data_url, storage)
     manifest = reader.manifest
     taxonomy = manifest.taxonomy
-    matrix = ConfusionMatrix(taxonomy.num_classes, taxonomy.ignore_index)
+    matrix, certainty = None, Certainty(network.num_classes)
+    if manifest.labelled:
+        matrix = ConfusionMatrix(taxonomy.num_classes, taxonomy.ignore_index)
     training = network.training
     network.eval()
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -40,14 +43,18 @@ def evaluate_network(
     for turn, sample in enumerate(load_samples(reader, indices)):
         image = sample.image[None].to(device).float() / 255
         logits, _ = network(network.normalize(image), projections=False)
-        logits = nn.functional.interpolate(
-            logits, sample.label.shape, mode="bilinear", align_corners=False
-        )
-        if turn < len(mine):
+        if turn >= len(mine):
+            continue
+        certainty.update(logits.float().softmax(1))
+        if matrix is not None:
+            logits = nn.functional.interpolate(
+                logits, sample.label.shape, mode="bilinear", align_corners=False
+            )
             matrix.update(logits[0].argmax(0), sample.label.to(device))
     network.train(training)
-    matrix.all_reduce(device)
-    return matrix
+    for sums in filter(None, (matrix, certainty)):
+        sums.all_reduce(device)
+    return matrix, certainty
 
 
 @torch.no_grad()
@@ -107,5 +114,6 @@ def _evaluate(
         set_batch_norm(network, "sync")
         if task.adapt_data:
             adapt_batch_norm(network, task.adapt_data, storage, device)
-        counts[name] = evaluate_network(network, task.data, storage, device).counts.tolist()
+        matrix, _ = evaluate_network(network, task.data, storage, device)
+        counts[name] = matrix.counts.tolist()
     return counts
