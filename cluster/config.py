@@ -44,7 +44,8 @@ class ValidationConfig:
     """Validation inside the training loop.
 
     Attributes:
-        data: URL of a labelled data set; empty for none.
+        data: URL of a data set of held-out target images; empty for none. With labels mIoU is
+            measured on it, without them only how sure the networks are.
         every: Steps between validations; the last step is always validated.
     """
 
@@ -75,6 +76,9 @@ class TrainConfig(MethodConfig):
         run: Name (a folder below `runs`) or URL of the run. An existing run is continued. Empty
             makes a name from method and time.
         runs: URL of the folder that holds runs given by name.
+        fork: URL of a checkpoint (RUN/checkpoints/step-...) of another run to begin from; its
+            configuration may differ in what acts from the contrast's start on: method, and of
+            contrast temperature, weights and (shorter) bank_length.
         workers: Ray Train workers; one GPU each where the cluster has GPUs. A number, or an
             elastic range {min: 2, max: 8}, whose workers may share a global batch unevenly.
         cpus_per_worker: CPU cores and compute threads of a worker; 0 shares the cluster's out.
@@ -98,6 +102,7 @@ class TrainConfig(MethodConfig):
 
     run: str = ""
     runs: str = "runs"
+    fork: str = ""
     workers: int | WorkerRange = 1
     cpus_per_worker: int = 0
     placement_timeout: int = 0

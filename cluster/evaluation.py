@@ -17,9 +17,10 @@ import xxhash
 from cluster.checkpoint_format import Checkpoint, list_checkpoints, read_weights
 from cluster.config import WorkerRange
 from cluster.manifest import read_manifest
+from cluster.run_config import load_config
 from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage, read_url
 from cluster.submission import merge_parts
-from cluster.training import connect_ray, launch, load_config, place, run_url
+from cluster.training import connect_ray, launch, place, run_url
 from sepico.config import ModelConfig
 from sepico.import_official import read_official
 from sepico.metrics import ConfusionMatrix

@@ -8,8 +8,9 @@ from safetensors.torch import save
 
 from cluster.checkpoint_format import Checkpoint, list_checkpoints, read_weights
 from cluster.manifest import read_manifest
+from cluster.run_config import load_config
 from cluster.storage import StorageConfig, StorageError, open_storage
-from cluster.training import load_config, run_url
+from cluster.training import run_url
 from sepico.exported import DESCRIPTION, WEIGHTS
 
 

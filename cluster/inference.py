@@ -17,7 +17,7 @@ from cluster.manifest import Manifest
 from cluster.reader import Sample, ShardReader, open_reader
 from cluster.storage import StorageConfig, open_storage
 from cluster.submission import write_part
-from sepico.metrics import ConfusionMatrix
+from sepico.metrics import Certainty, ConfusionMatrix
 from sepico.network import Segmentor
 from sepico.normalization import set_batch_norm
 from sepico.panels import confusion_picture, error_map, image_grid
@@ -48,18 +48,23 @@ def predict_share(
 @torch.no_grad()
 def evaluate_network(
     network: Segmentor, data_url: str, storage: StorageConfig, device: torch.device
-) -> ConfusionMatrix:
-    """Confusion matrix of a network on a labelled data set. A collective."""
+) -> tuple[ConfusionMatrix | None, Certainty]:
+    """Confusion matrix (None without labels) and certainty of a network. A collective."""
     reader = open_reader(data_url, storage)
     taxonomy = reader.manifest.taxonomy
-    matrix = ConfusionMatrix(taxonomy.num_classes, taxonomy.ignore_index)
+    matrix, certainty = None, Certainty(network.num_classes)
+    if reader.manifest.labelled:
+        matrix = ConfusionMatrix(taxonomy.num_classes, taxonomy.ignore_index)
     training = network.training
     network.eval()
     for sample, probabilities in predict_share(network, reader, InferenceConfig(), device):
-        matrix.update(probabilities.argmax(0), sample.label.to(device))
+        certainty.update(probabilities[None])
+        if matrix is not None:
+            matrix.update(probabilities.argmax(0), sample.label.to(device))
     network.train(training)
-    matrix.all_reduce(device)
-    return matrix
+    for sums in filter(None, (matrix, certainty)):
+        sums.all_reduce(device)
+    return matrix, certainty
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +18,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.checkpoint_format import check_newest, delete_incomplete
+from cluster.checkpoint_format import check_newest, delete_incomplete, list_checkpoints
 from cluster.config import TrainConfig, WorkerRange
 from cluster.data import check_data
 from cluster.deepspeed_config import read_deepspeed
@@ -26,10 +26,9 @@ from cluster.errors import WorkError
 from cluster.events import EVENTS, log_event
 from cluster.lease import Lease, hold_lease
 from cluster.manifest import read_manifest
+from cluster.run_config import CONFIG, check_continuation, check_fork, described
 from cluster.storage import (
-    Storage,
     StorageConfig,
-    StorageError,
     absolute_url,
     open_storage,
     pyarrow_filesystem,
@@ -37,17 +36,8 @@ from cluster.storage import (
 from cluster.telemetry import ProgressActor, ProgressDisplay
 from sepico.network import check_model
 
-CONFIG = "config.json"
 CONNECT_TIMEOUT_S = 5
 ABORT_TIMEOUT_S = 15
-# What a continued run may change: where and how long it runs, not what it computes.
-_CHANGEABLE = {
-    "run", "runs", "workers", "cpus_per_worker", "placement_timeout", "max_failures",
-    "hang_timeout", "log_every", "checkpoint_every", "keep_last", "keep_best", "fall_back",
-    "panel_every", "profile", "storage", "validation", "data.cache", "data.cache_bytes",
-    "data.threads",
-    "data.prefetch", "engine.zero_stage", "engine.offload_optimizer", "engine.deepspeed",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,42 +89,54 @@ def _check_address(address: str) -> None:
         ) from None
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, until: int | None = None) -> dict[str, Any]:
     """Create or continue a run; returns the last validation's metrics and the run's URL.
+
+    Ends after `until` steps where the run is longer, with a validation and a checkpoint as at the
+    end; called again it goes on from there.
 
     Raises ValueError (one line: what is wrong and the fix) before any worker starts; LeaseError,
     one of these, where another writer holds the run.
     """
     config = resolve(config)
+    until = min(until or config.optimization.steps, config.optimization.steps)
     run = open_storage(config.run, config.storage)
     run.check()
-    wanted = _described(config)
-    _check_config(run, wanted)
+    wanted = described(config)
+    check_continuation(run, wanted)
+    if config.fork and not list_checkpoints(run):
+        check_fork(config, wanted)
     check_model(config.model, (config.data.crop_height, config.data.crop_width))
     connect_ray()
     if config.engine.precision == "fp16" and not use_gpu():
         raise ValueError("engine.precision fp16 needs GPUs: take bf16 or fp32")
     cpus = _place_range(config)
     with hold_lease(run) as lease:
-        _check_config(run, wanted)  # once more: another writer may have begun the run since
+        check_continuation(run, wanted)  # once more: another writer may have begun the run since
         newest = check_newest(run, fall_back=config.fall_back)
-        if newest is not None and newest.step >= config.optimization.steps:
+        if newest is not None and newest.step >= until:
             delete_incomplete(run)
             return {**newest.metrics, "run": config.run}
         run.put(CONFIG, json.dumps(wanted, indent=1).encode())
-        metrics = _train(replace(config, cpus_per_worker=cpus), lease)
+        metrics = _train(replace(config, cpus_per_worker=cpus), lease, until)
     if isinstance(metrics, Ended):
         raise WorkError(f"run {config.run}: {metrics.reason}")
     log_event("info", "finished", {"run": config.run, **metrics})
     return {**metrics, "run": config.run}
 
 
-def _train(config: TrainConfig, lease: Lease) -> dict[str, float] | Ended:
-    """Run the group of workers and show its progress."""
+def _train(config: TrainConfig, lease: Lease, until: int) -> dict[str, float] | Ended:
+    """Run the group of workers up to step `until` and show its progress."""
     # Beside the driver, so that no lost worker's node takes it along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = ProgressActor.options(scheduling_strategy=here).remote()
-    payload = {"config": config, "run_url": config.run, "lease": lease, "progress": progress}
+    payload = {
+        "config": config,
+        "run_url": config.run,
+        "until": until,
+        "lease": lease,
+        "progress": progress,
+    }
     fields = {"run": config.run, "method": config.method, "steps": config.optimization.steps}
     log_event("info", "started", fields)
     with ProgressDisplay(progress, config.method, "step"):
@@ -165,7 +167,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if validation.data:
         validation = replace(validation, data=absolute_url(validation.data))
     name = config.run or f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    config = replace(config, data=data, validation=validation, run=run_url(name, config.runs))
+    fork = config.fork and absolute_url(config.fork)
+    run = run_url(name, config.runs)
+    config = replace(config, data=data, validation=validation, run=run, fork=fork)
     manifest = check_data(
         data,
         config.storage,
@@ -176,10 +180,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
         store = open_storage(validation.data, config.storage)
         store.check()
         checked = read_manifest(store)
-        if not checked.labelled or checked.taxonomy != manifest.taxonomy:
+        if checked.labelled and checked.taxonomy != manifest.taxonomy:
             raise ValueError(
                 f"validation.data {validation.data} must be labelled with the classes of "
-                f"data.source {data.source}"
+                f"data.source {data.source}, or not at all"
             )
     found = manifest.taxonomy.num_classes
     if config.model.num_classes not in (0, found):
@@ -198,42 +202,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
 def run_url(run: str, runs: str) -> str:
     """URL of a run: `run` itself if it is a URL or path, else a folder below `runs`."""
     return absolute_url(run if "/" in run else f"{runs.rstrip('/')}/{run}")
-
-
-def load_config(run: Storage) -> dict[str, Any]:
-    """The resolved configuration a run was started with."""
-    if not run.exists(CONFIG):
-        raise StorageError(f"no run at {run.url}: give the name or URL of one that was trained")
-    return json.loads(run.get(CONFIG))
-
-
-def _described(config: TrainConfig) -> dict[str, Any]:
-    """What a run's config.json says: the configuration, and the classes of its data."""
-    data = read_manifest(open_storage(config.data.source, config.storage))
-    described = asdict(config) | {"classes": data.taxonomy.names}
-    return json.loads(json.dumps(described))
-
-
-def _check_config(run: Storage, wanted: dict[str, Any]) -> None:
-    """Refuse to continue a run with a configuration that contradicts its own."""
-    if not run.exists(CONFIG):
-        return
-    for key, (old, new) in _differences(load_config(run), wanted).items():
-        raise ValueError(
-            f"run {run.url} was started with {key} = {old!r}, now it is {new!r}: "
-            "keep the value or give another --run"
-        )
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = {}
-        for key in [*old, *(key for key in new if key not in old)]:
-            name = f"{prefix}.{key}".strip(".")
-            if name not in _CHANGEABLE:
-                found |= _differences(old.get(key), new.get(key), name)
-        return found
-    return {} if old == new else {prefix: (old, new)}
 
 
 def _place_range(config: TrainConfig) -> int:
@@ -271,6 +239,12 @@ def place(workers: int, cpus: int = 0, timeout: float = 0) -> int:
         f"but the cluster has {len(nodes)} node(s) ({there}): lower --workers, or raise "
         "--placement_timeout for a cluster that grows"
     )
+
+
+def room(cpus: int) -> int:
+    """Workers of so many cores, and a GPU each where there are GPUs, that the cluster holds."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(_slots(node, cpus, use_gpu()) for node in nodes)
 
 
 def _count(node: dict[str, float], resource: str) -> int:

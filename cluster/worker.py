@@ -29,6 +29,7 @@ from cluster.lease import Lease
 from cluster.loader import Batch, TrainLoader
 from cluster.profiling import StepProfiler
 from cluster.reader import LostSampleError
+from cluster.run_config import find_checkpoint
 from cluster.storage import Storage, open_storage
 from cluster.telemetry import RunLog, used_bytes
 from cluster.training import Ended
@@ -46,13 +47,13 @@ PREEMPTION_POLL_STEPS = 5
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, float] | Ended:
-    """Train until the last step, from the newest checkpoint of the run if there is one.
+    """Train until step `until`, from the newest checkpoint of the run if there is one.
 
     Runs on every worker of a Ray Train group; `payload` holds `config` (TrainConfig with absolute
-    URLs and a resolved number of CPUs), `run_url`, `lease` and `progress` (a ProgressActor).
-    Returns the last validation's metrics, or `Ended` of a run that diverged or that lost a sample:
-    Ray starts the workers again after any error. Raises LeaseError where the run has another
-    writer.
+    URLs and a resolved number of CPUs), `run_url`, `until` (the step to end after), `lease` and
+    `progress` (a ProgressActor). Returns the last validation's metrics, or `Ended` of a run that
+    diverged or that lost a sample: Ray starts the workers again after any error. Raises LeaseError
+    where the run has another writer.
     """
     config: TrainConfig = payload["config"]
     lease, progress = payload["lease"], payload["progress"]
@@ -66,7 +67,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, float] | Ended:
             delete_incomplete(run)
         trainer = _Trainer(config, device, run, lease, progress, watchdog)
         try:
-            return trainer.train()
+            return trainer.train(payload["until"])
         except LostSampleError as error:
             # The others wait for this rank in a collective: only a new start ends all of them.
             ray.get(progress.end.remote(str(error)))
@@ -173,22 +174,23 @@ class _Trainer:
             self.log.close()
 
     def _restore(self) -> int:
-        existing = list_checkpoints(self.run)
-        if not existing:
-            return 0
-        return restore_checkpoint(self.run, existing[-1], self.state)
+        if existing := list_checkpoints(self.run):
+            return restore_checkpoint(self.run, existing[-1], self.state)
+        if self.config.fork:
+            return restore_checkpoint(*find_checkpoint(self.config), self.state)
+        return 0
 
-    def train(self) -> dict[str, float] | Ended:
+    def train(self, until: int) -> dict[str, float] | Ended:
         validated: dict[str, float] = {}
         timer = _Timer(self.start)
         self.batches = iter(self.loader)
-        for step in range(self.start, self.steps):
+        for step in range(self.start, until):
             self.watchdog.beat(step)
             batch = self._next_batch()
             self._seed(step)
             student = self.engine.module.module.train()
             done = step + 1
-            logged = done % self.config.log_every == 0 or done == self.steps
+            logged = done % self.config.log_every == 0 or done == until
             terms = self.step.terms(self.engine, self._to_device(batch), step, per_class=logged)
             try:
                 self.engine.step(terms, step)
@@ -204,16 +206,16 @@ class _Trainer:
                 panel = step_panel(self.step.pictures, self.loader.source.taxonomy)
                 self.log.picture("step", done, panel)
             validate = self.config.validation.data and (
-                done % self.config.validation.every == 0 or done == self.steps
+                done % self.config.validation.every == 0 or done == until
             )
             if validate:
                 validated = self._validate(student, step)
             drained = done % PREEMPTION_POLL_STEPS == 0 and self._is_drained(done)
-            if done % self.config.checkpoint_every == 0 or done == self.steps or drained:
+            if done % self.config.checkpoint_every == 0 or done == until or drained:
                 if self.log:
                     self.log.sync()  # a resume cannot write the lines before it again
                 self.checkpoints.save(done, self.state, validated if validate else {})
-            if drained or done == self.steps:
+            if drained or done == until:
                 self.checkpoints.wait()
             self.checkpoints.poll()
             if validate:
@@ -335,13 +337,15 @@ class _Trainer:
         for name, network in networks.items():
             # A long validation is no hang.
             with network.register_forward_pre_hook(lambda *_: self.watchdog.beat()):
-                matrix = evaluate_network(
+                matrix, certainty = evaluate_network(
                     network, self.config.validation.data, self.config.storage, self.device
                 )
-            means = mean_ious(matrix, taxonomy)
-            metrics |= {f"{name}_{key}": 100 * mean for key, mean in means.items()}
-            ious = zip(taxonomy.names, matrix.iou().tolist(), strict=True)
-            per_class |= {f"{name}_iou/{key}": 100 * iou for key, iou in ious if iou == iou}
+            measures = certainty.measures()
+            if matrix is not None:
+                measures |= mean_ious(matrix, taxonomy)
+                ious = zip(taxonomy.names, matrix.iou().tolist(), strict=True)
+                per_class |= {f"{name}_iou/{key}": 100 * iou for key, iou in ious if iou == iou}
+            metrics |= {f"{name}_{key}": 100 * value for key, value in measures.items()}
         if self.log:
             self.log.log(step, metrics | per_class)
             self.progress.event.remote("info", "validated", {"step": step + 1, **metrics})

@@ -147,9 +147,12 @@ class PixelContrast:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError where the state is of another method, width or number of classes."""
+        """Take what this method keeps; a method without a bank leaves the state's aside.
+
+        Raises ValueError where the state is of another method, width or number of classes.
+        """
         expected = set(self.state_dict())
-        if set(state) != expected:
+        if not set(state) >= expected:
             raise ValueError(
                 f"the checkpoint holds class statistics {sorted(state)}, this run needs "
                 f"{sorted(expected)}: it is of another method or projection"

@@ -1,5 +1,6 @@
-"""Confusion matrix and intersection over union."""
+"""Confusion matrix and intersection over union; what predictions say of themselves, unlabelled."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -50,3 +51,42 @@ class ConfusionMatrix:
         """
         iou = self.iou()
         return (iou if classes is None else iou[list(classes)]).nanmean().item()
+
+
+class Certainty:
+    """How sure a network is of its predictions, over all pixels: proxies where labels are missing.
+
+    `information` is the mutual information of pixel and class (Bridle et al., 1991): it grows as
+    predictions get sure, and falls as they all become the same class, which the others reward.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        # Sums over pixels: 1, largest probability, entropy, probability of each class.
+        self._sums = torch.zeros(3 + num_classes, dtype=torch.float64)
+
+    def update(self, probabilities: Tensor) -> None:
+        """Add the pixels of probabilities (B, C, h, w)."""
+        pixels = torch.tensor(float(probabilities[:, 0].numel()), device=probabilities.device)
+        largest = probabilities.amax(1).sum()
+        entropy = -torch.special.xlogy(probabilities, probabilities).sum()
+        of_classes = probabilities.sum((0, 2, 3))
+        self._sums += torch.cat([torch.stack([pixels, largest, entropy]), of_classes]).cpu()
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Sum over all workers; `device` is where the process group's backend communicates."""
+        sums = self._sums.to(device)
+        dist.all_reduce(sums)
+        self._sums = sums.cpu()
+
+    def measures(self) -> dict[str, float]:
+        """Fractions: mean largest probability, entropy and information, these of log C."""
+        means = self._sums[1:] / self._sums[0]
+        confidence, entropy = means[0].item(), means[1].item()
+        marginal = -torch.special.xlogy(means[2:], means[2:]).sum().item()
+        most = math.log(self.num_classes)
+        return {
+            "confidence": confidence,
+            "entropy": entropy / most,
+            "information": (marginal - entropy) / most,
+        }

@@ -157,8 +157,18 @@ class FeatureBank:
         return {"rows": self._rows, "pushed": self._pushed}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if state["rows"].shape != self._rows.shape:
-            found, expected = tuple(state["rows"].shape), tuple(self._rows.shape)
-            raise ValueError(f"the feature bank has shape {found}, expected {expected}")
-        self._rows = state["rows"].to(self._rows.device)
-        self._pushed = state["pushed"].to(self._pushed.device)
+        """Of a longer bank the newest rows, as if it had been of this length from its beginning."""
+        rows, pushed = state["rows"], state["pushed"]
+        stored, found = rows.shape[1], (len(rows), rows.shape[2])
+        expected = (self.num_classes, self._rows.shape[2])
+        if found != expected or stored < self.length:
+            raise ValueError(
+                f"the feature bank has shape {tuple(rows.shape)}, expected "
+                f"{tuple(self._rows.shape)} or longer"
+            )
+        self._pushed = pushed.to(self._pushed.device, copy=True)
+        # The row of push number j lies at j modulo the length; these are the newest ones'.
+        slots = torch.arange(self.length, device=rows.device)
+        newest = pushed[:, None] - 1 - (pushed[:, None] - 1 - slots) % self.length
+        taken = rows.gather(1, (newest % stored)[..., None].expand(-1, -1, rows.shape[2]))
+        self._rows = taken.where((newest >= 0)[..., None], 0).to(self._rows.device)

@@ -7,8 +7,9 @@ import pytest
 
 from cluster.config import TrainConfig
 from cluster.data import DataConfig
+from cluster.run_config import described
 from cluster.storage import StorageConfig, open_storage
-from cluster.training import _described, resolve, train
+from cluster.training import resolve, train
 from sepico.config import ModelConfig
 
 
@@ -31,7 +32,7 @@ def begun(folder, write_dataset, tmp_path):
         return TrainConfig(**{"run": str(tmp_path / "run"), "data": data, "model": model} | changes)
 
     run = open_storage(str(tmp_path / "run"), StorageConfig())
-    run.put("config.json", json.dumps(_described(resolve(config()))).encode())
+    run.put("config.json", json.dumps(described(resolve(config()))).encode())
     return config
 
 

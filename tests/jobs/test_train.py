@@ -28,7 +28,10 @@ def test_a_run_leaves_config_metrics_events_checkpoints_and_panels(trained):
     for part in ("student", "optimizer", "teacher"):
         for rank in range(2):
             assert f"{part}-{rank:05d}.safetensors" in manifest["files"]
-    assert manifest["metrics"].keys() == {"student_miou", "teacher_miou"}
+    measured = ("miou", "confidence", "entropy", "information")
+    assert manifest["metrics"].keys() == {
+        f"{n}_{m}" for n in ("student", "teacher") for m in measured
+    }
     assert not list(run.rglob("*.tmp*"))
 
 

@@ -1,0 +1,97 @@
+"""A sweep from its configuration to its results: which temperature, which weights.
+
+A sweep is a folder of runs and records (`cluster.sweep_trial`), and these are all it needs to be
+continued: Tune starts anew, and every trial that is asked for again answers from its run.
+
+First a search on one seed (`cluster.sweep_search`). Then the best, and the configuration that the
+sweep began with, are trained to the end on every seed, and ranked by the mean.
+"""
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+from cluster.config import TrainConfig
+from cluster.lease import hold_lease
+from cluster.storage import StorageError, open_storage
+from cluster.sweep_config import SearchConfig, SweepConfig, make_plan
+from cluster.sweep_progress import Progress
+from cluster.sweep_results import Ranking, candidates, rank
+from cluster.sweep_search import search_space, train_trials
+from cluster.sweep_space import Point, parse_space, with_values
+from cluster.sweep_trial import Plan, read_records
+from cluster.training import connect_ray, place, room, run_url
+
+SWEEP = "sweep.json"
+
+
+def check(config: SweepConfig, space: str) -> None:
+    """Raise ValueError, in one line, for what is known to be wrong without a cluster."""
+    make_plan(*_settings(config, space))
+
+
+def sweep(config: SweepConfig, space: str) -> Ranking:
+    """Run or continue a sweep; `space` is the space file's text, empty for that of `resume`.
+
+    Raises ValueError (one line: what is wrong and the fix) before a trial starts.
+    """
+    base, search, space = _settings(config, space)
+    plan = make_plan(base, search, space)
+    store = open_storage(plan.url, base.storage)
+    store.check()
+    stored = {"config": asdict(plan.base), "search": asdict(search), "space": space}
+    connect_ray()
+    plan, concurrent = _place(plan, search)
+    with hold_lease(store):
+        store.put(SWEEP, json.dumps(stored, indent=1).encode())
+        search_space(plan, search, concurrent)
+        best = candidates(read_records(store), plan, search.mode)[: search.top]
+        seeds = [base.seed, *(seed for seed in search.seeds if seed != base.seed)]
+        trials = [(point, seed) for seed in seeds for point in [{}, *best]]
+        last = replace(plan, stops=plan.stops[-1:])
+        progress = Progress(last, search.mode, "to the end", len(trials), concurrent)
+        train_trials(trials, last, progress)
+        return rank(read_records(store), plan, search.mode, seeds)
+
+
+def _settings(config: SweepConfig, space: str) -> tuple[TrainConfig, SearchConfig, str]:
+    """The trials' configuration, the search and the space: given, or those of a sweep to resume."""
+    if bool(config.resume) == bool(config.run):
+        raise ValueError("give a new sweep a name, --run NAME, or continue one by --resume SWEEP")
+    url = run_url(config.resume or config.run, config.runs)
+    store = open_storage(url, config.storage)
+    if not config.resume:
+        if store.exists(SWEEP):
+            raise ValueError(f"there is a sweep at {store.url}: continue it by --resume")
+        given = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
+        return TrainConfig(**given | {"run": url}), config.search, space
+    if not store.exists(SWEEP):
+        raise StorageError(f"no sweep at {store.url}: start one by --run")
+    stored = json.loads(store.get(SWEEP))
+    base = with_values(TrainConfig(), _flat(stored["config"]))
+    search = with_values(SearchConfig(), stored["search"])
+    if space and parse_space(space, base) != parse_space(stored["space"], base):
+        raise ValueError(
+            f"sweep {store.url} was started with another space: leave --space out to go on with "
+            "its own, or give a new sweep another --run"
+        )
+    return base, search, stored["space"]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Point:
+    """Nested values by dotted key."""
+    flat: Point = {}
+    for key, value in values.items():
+        inside = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if inside else {prefix + key: value}
+    return flat
+
+
+def _place(plan: Plan, search: SearchConfig) -> tuple[Plan, int]:
+    """With a worker's cores filled in, and how many trials run at a time."""
+    workers, cpus = plan.base.worker_range.max, plan.base.cpus_per_worker
+    place(workers, cpus, plan.base.placement_timeout)
+    most = room(cpus or 1) // workers
+    concurrent = min(search.concurrent or most, most)
+    cpus = place(workers * concurrent, cpus)
+    return replace(plan, base=replace(plan.base, cpus_per_worker=cpus)), concurrent

@@ -1,0 +1,144 @@
+"""Search over the configuration with Ray Tune: which temperature, which weights.
+
+A sweep is a folder of runs and records (`cluster.sweep_trial`), and these are all it needs to be
+continued: Tune starts anew, every trial that is asked for again answers from its run.
+
+First a search on one seed: random, a grid, Optuna's TPE, each with ASHA's early stopping, or
+population-based training. Then the best, and the configuration that the sweep began with, are
+trained to the end on every seed, and ranked by the mean.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from optuna.logging import WARNING
+from optuna.logging import set_verbosity as set_optuna_verbosity
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
+
+from cluster.storage import open_storage, pyarrow_filesystem
+from cluster.sweep_config import SearchConfig, first_points
+from cluster.sweep_progress import Progress
+from cluster.sweep_space import Point, value_of
+from cluster.sweep_trial import FAILED, REPLACED, Plan, Record, read_records, run_member, run_trial
+
+# Tune's own bookkeeping, which a continued sweep does not read.
+FOLDER = "tune"
+# A trial's driver needs memory and no core: cores are the workers'.
+DRIVER = {"memory": 256 * 2**20}
+TUNE_RETRIES = 2  # of a trial whose driver was lost
+
+
+def search_space(plan: Plan, search: SearchConfig, concurrent: int) -> None:
+    """Try points on the sweep's own seed; what comes of it is in the records."""
+    if search.algorithm == "pbt":
+        _train_population(plan, search)
+        return
+    options: dict[str, Any] = {}
+    if len(plan.stops) > 1:
+        options["scheduler"] = AsyncHyperBandScheduler(
+            time_attr="budget",
+            grace_period=1,
+            max_t=search.reduction ** (len(plan.stops) - 1),
+            reduction_factor=search.reduction,
+        )
+    if search.algorithm == "tpe":
+        _train_drawn(plan, search, concurrent, options)
+    else:
+        trials = [(point, plan.base.seed) for point in first_points(plan, search)]
+        progress = Progress(plan, search.mode, search.algorithm, len(trials), concurrent)
+        train_trials(trials, plan, progress, **options)
+
+
+def train_trials(
+    trials: list[tuple[Point, int]], plan: Plan, progress: Progress, **options: Any
+) -> None:
+    """Train (point, seed) by (point, seed)."""
+    options["search_alg"] = BasicVariantGenerator(max_concurrent=progress.concurrent)
+    _fit(run_trial, plan, progress, {"trial": tune.grid_search(trials)}, options)
+
+
+def _train_drawn(
+    plan: Plan, search: SearchConfig, concurrent: int, options: dict[str, Any]
+) -> None:
+    """Optuna's TPE draws points; those of a sweep that is continued come first."""
+    own = {key.name: value_of(plan.base, key.name) for key in plan.space.keys}
+    known = [own | record.point for record in _trials_of(plan)]
+    options |= {
+        "num_samples": search.trials,
+        "max_concurrent_trials": concurrent,
+        "search_alg": OptunaSearch(
+            seed=plan.base.seed,
+            points_to_evaluate=known,
+        ),
+    }
+    progress = Progress(plan, search.mode, search.algorithm, search.trials, concurrent)
+    _fit(run_trial, plan, progress, plan.space.domains(), options)
+
+
+def _train_population(plan: Plan, search: SearchConfig) -> None:
+    own = {key.name: value_of(plan.base, key.name) for key in plan.space.keys}
+    members = {
+        f"member-{i}": {"name": f"member-{i}", "point": own | point, "fork": ""}
+        for i, point in enumerate(first_points(plan, search))
+    }
+    for record in _trials_of(plan):  # the newest of each member comes last
+        if record.member in members and record.status not in (REPLACED, FAILED):
+            members[record.member] |= {"point": own | record.point, "fork": record.fork}
+    options = {
+        "scheduler": PopulationBasedTraining(
+            time_attr="budget",
+            perturbation_interval=1,
+            hyperparam_mutations={"member": {"point": plan.space.domains()}},
+        ),
+        # All at once, and their workers in turn: a member that waited for others to end would
+        # have nobody to learn from.
+        "search_alg": BasicVariantGenerator(max_concurrent=len(members)),
+        "trial_name_creator": lambda trial: trial.config["member"]["name"],
+    }
+    progress = Progress(plan, search.mode, search.algorithm, len(members), len(members))
+    parameters = {"member": tune.grid_search(list(members.values()))}
+    _fit(run_member, plan, progress, parameters, options)
+
+
+def _trials_of(plan: Plan) -> list[Record]:
+    records = read_records(open_storage(plan.url, plan.base.storage))
+    return [record for record in records if record.is_trial and record.seed == plan.base.seed]
+
+
+def _fit(
+    trainable: Callable[..., None],
+    plan: Plan,
+    progress: Progress,
+    parameters: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Run Tune with a trainable that is called with parameters and the plan."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # files that nobody reads
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end the search, not the sweep
+    set_optuna_verbosity(WARNING)
+    filesystem, path = pyarrow_filesystem(f"{plan.url}/{FOLDER}", plan.base.storage)
+    tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(trainable, plan=plan), tune.PlacementGroupFactory([DRIVER])
+        ),
+        param_space=parameters,
+        tune_config=tune.TuneConfig(
+            metric=plan.objective,
+            mode=progress.mode,
+            reuse_actors=True,  # a driver's imports take seconds
+            **options,
+        ),
+        run_config=tune.RunConfig(
+            name=str(time.time_ns()),
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=TUNE_RETRIES),
+            callbacks=[progress],
+            verbose=0,
+        ),
+    ).fit()

@@ -1,0 +1,72 @@
+"""Spaces: what they allow, draw and refuse."""
+
+from importlib.resources import files
+
+import pytest
+
+from cluster.config import TrainConfig
+from cluster.sweep_space import parse_space, with_values
+
+CONDITIONAL = """
+contrast.bank_length: {choice: [50, 100], when: {method: [bankcl]}}
+method: {choice: [protocl, bankcl]}
+"""
+
+
+def test_the_default_space_draws_valid_configurations_and_uses_every_key():
+    text = files("jobs").joinpath("spaces", "contrast.yaml").read_text()
+    base = with_values(TrainConfig(), {"model.projection_mode": "per_layer"})
+    space = parse_space(text, base)
+    points = space.sample(50, seed=1, base=base)
+    assert len(points) == 50
+    assert {key for point in points for key in point} == {key.name for key in space.keys}
+    for point in points:
+        assert 0.05 <= with_values(base, point).contrast.temperature <= 300
+
+
+def test_a_conditional_key_exists_only_beside_its_value():
+    base = TrainConfig()
+    space = parse_space(CONDITIONAL, base)
+    assert space.grid(base) == [
+        {"method": "protocl"},
+        {"method": "bankcl", "contrast.bank_length": 50},
+        {"method": "bankcl", "contrast.bank_length": 100},
+    ]
+
+
+def test_the_same_seed_draws_the_same_points():
+    space = parse_space("contrast.temperature: {loguniform: [0.05, 300]}", TrainConfig())
+    first, second, other = (space.sample(5, seed, TrainConfig()) for seed in (1, 1, 2))
+    assert first == second != other
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "contrast.temprature: {uniform: [1, 2]}",
+            ["temprature", "did you mean contrast"],
+        ),
+        ("contrast.temperature: {uniform: [0, 1]}", ["contrast.temperature can be 0", "above 0"]),
+        ("contrast.temperature: {unifrm: [1, 2]}", ["unifrm", "loguniform"]),
+        ("contrast.temperature: {uniform: [1]}", ["contrast.temperature", "uniform", "missing"]),
+        ("contrast.temperature: 3", ["contrast.temperature", "no distribution"]),
+        ("method: {choice: [distcl, dist]}", ["method can be 'dist'", "distcl"]),
+        ("contrast.bank_length: {uniform: [1.0, 9.0]}", ["bank_length is 1.0", "int"]),
+        ("contrast.stage_weights: {choice: [[1, 2]]}", ["stage_weights", "per_layer"]),
+        ("workers: {choice: [3]}", ["workers can be 3", "not divisible"]),
+        ("contrast.temperature: {uniform: [", ["not YAML"]),
+        ("{}", ["give keys of the configuration"]),
+    ],
+)
+def test_a_wrong_space_is_one_line_that_names_the_key(text, words):
+    with pytest.raises(ValueError) as error:
+        parse_space(text, TrainConfig())
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_a_grid_needs_choices():
+    space = parse_space("contrast.temperature: {uniform: [1, 2]}", TrainConfig())
+    with pytest.raises(ValueError, match=r"contrast\.temperature is uniform: a grid needs choice"):
+        space.grid(TrainConfig())

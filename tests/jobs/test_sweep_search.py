@@ -1,0 +1,216 @@
+"""How a sweep searches, stops, fails and goes on: Tune is real, and a run is what `train` leaves.
+
+Training is replaced by `leave_a_run`, which writes at once what a run writes, so that many trials
+cost seconds. `test_sweep.py` has the real one.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import ray
+from ray.util import placement_group_table
+
+from cluster import sweep_search, sweep_trial
+from cluster.checkpoint_format import MANIFEST, Checkpoint, list_checkpoints
+from cluster.config import TrainConfig
+from cluster.run_config import find_checkpoint
+from cluster.storage import open_storage
+from cluster.sweep import sweep
+from cluster.sweep_config import SweepConfig
+from cluster.sweep_trial import Plan, read_records
+from jobs.command_line import parse
+from tests.jobs.training import TINY, command
+
+SPACE = """
+contrast.temperature: {loguniform: [0.05, 300]}
+contrast.weight: {uniform: [0.0, 2.0]}
+"""
+BEST = 3.0  # temperature
+DIVERGING = 1.7  # weight above which a trial fails
+CHANGES = {
+    "workers": "1",
+    "optimization.iterations": "20",
+    "search.trials": "6",
+    "search.rungs": "2",
+    "search.reduction": "2",
+    "search.seeds": "[77]",
+    "search.top": "1",
+}
+
+
+def leave_a_run(config: TrainConfig, until: int) -> None:
+    """Leave the checkpoint and the metrics of a run that was trained to a step."""
+    run = open_storage(config.run, config.storage)
+    begun = [checkpoint.step for checkpoint in list_checkpoints(run)]
+    start = begun[-1] if begun else find_checkpoint(config)[1].step if config.fork else 0
+    if config.contrast.weight > DIVERGING:
+        raise ValueError("step 3 is not finite")
+    lines = run.get("metrics.jsonl").decode().splitlines() if begun else []
+    miou = 50 - abs(math.log(config.contrast.temperature / BEST)) + until + config.seed / 100
+    measured = {"miou": miou, "confidence": 90.0, "entropy": 20.0, "information": miou}
+    measured = {f"student_{name}": value for name, value in measured.items()}
+    lines.append(json.dumps({"step": until - 1, "trained": until - start, **measured}))
+    run.put("metrics.jsonl", "\n".join(lines).encode())
+    run.put("config.json", json.dumps(asdict(config)).encode())
+    checkpoint = Checkpoint(until, 1, 1, 1, {}, {})
+    run.put(f"{checkpoint.prefix}/{MANIFEST}", json.dumps(asdict(checkpoint)).encode())
+
+
+def run_trial(parameters: dict, plan: Plan) -> None:
+    sweep_trial.train = leave_a_run
+    sweep_trial.run_trial(parameters, plan)
+
+
+def run_member(parameters: dict, plan: Plan) -> None:
+    sweep_trial.train = leave_a_run
+    sweep_trial.run_member(parameters, plan)
+
+
+@pytest.fixture(scope="module")
+def fast(ray_cluster):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_search, "run_trial", run_trial)
+        patch.setattr(sweep_search, "run_member", run_member)
+        yield
+
+
+def configure(data: dict[str, str], folder: Path, **changed: str) -> SweepConfig:
+    flags = {**TINY, **data, **CHANGES, "run": str(folder / "sweep"), **changed}
+    return parse(SweepConfig, command("", flags)[3:])
+
+
+def trained_steps(folder: Path) -> Counter:
+    """Steps trained by every run below a sweep."""
+    steps: Counter = Counter()
+    for path in (folder / "sweep").rglob("metrics.jsonl"):
+        lines = map(json.loads, path.read_text().splitlines())
+        steps[str(path.parent.relative_to(folder / "sweep"))] = sum(of["trained"] for of in lines)
+    return steps
+
+
+@pytest.fixture(scope="module")
+def swept(fast, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swept")
+    ranking = sweep(configure(data, folder), SPACE)
+    return ranking, folder
+
+
+def test_the_worse_are_stopped_and_the_best_are_ranked_by_the_mean_over_seeds(swept):
+    ranking, _ = swept
+    status = Counter(r.status for r in ranking.records if r.is_trial and r.point and r.seed == 76)
+    assert status["finished"] and status["stopped"] and sum(status.values()) == 6
+    best = ranking.best
+    assert best.complete and set(best.records) == {76, 77}
+    assert best.mean == pytest.approx(best.records[76].last("student_miou") + 0.005)
+    assert best.spread == pytest.approx(0.01 / math.sqrt(2))
+    tried = [r for r in ranking.records if r.is_trial and r.measured]
+    nearest = min(
+        tried, key=lambda r: abs(math.log(r.point.get("contrast.temperature", 0.5) / BEST))
+    )
+    assert best.point == nearest.point
+    assert ranking.default.complete, "the sweep's own configuration is not there to compare with"
+
+
+def test_a_trial_that_fails_is_recorded_with_its_reason_and_ends_nothing_else(swept):
+    ranking, _ = swept
+    failed = [record for record in ranking.records if record.status == "failed"]
+    assert {record.reason for record in failed} == {"step 3 is not finite"}
+    assert all(record.point["contrast.weight"] > DIVERGING for record in failed)
+
+
+def test_the_steps_before_the_contrast_are_trained_once_a_seed(swept):
+    ranking, folder = swept
+    steps = trained_steps(folder)
+    assert sum(steps[name] for name in steps if name.startswith("prefix")) == 2 * 2
+    for record in ranking.records:
+        if record.is_trial and record.measured:
+            assert steps[f"trials/{record.name}"] == max(map(int, record.measured)) - 2
+
+
+def test_nothing_of_the_cluster_is_held_when_a_sweep_is_over(swept):
+    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
+    states = {group["state"] for group in placement_group_table().values()}
+    assert states <= {"REMOVED"}
+
+
+def test_a_continued_sweep_trains_only_what_is_missing(swept, data, tmp_path):
+    ranking, folder = swept
+    before = trained_steps(folder)
+    store = open_storage(str(folder / "sweep"), ranking.plan.base.storage)
+    lost = ranking.best.records[77]
+    for key in [f"records/{lost.name}.json", *store.list(f"trials/{lost.name}")]:
+        store.delete(key)
+    resumed = SweepConfig(resume=str(folder / "sweep"))
+    again = sweep(resumed, "")
+    assert again.best == replace(
+        ranking.best, records={**ranking.best.records, 77: again.best.records[77]}
+    )
+    assert trained_steps(folder) == before
+    with pytest.raises(ValueError, match="another space"):
+        sweep(resumed, SPACE.replace("300", "200"))
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "grid"])
+def test_every_algorithm_finds_points_of_the_space(algorithm, fast, data, tmp_path):
+    space = SPACE
+    if algorithm == "grid":
+        space = "contrast.temperature: {choice: [0.1, 3.0, 100.0]}"
+    config = configure(
+        data,
+        tmp_path,
+        **{"search.algorithm": algorithm, "search.trials": "4", "search.seeds": "[]"},
+    )
+    ranking = sweep(config, space)
+    tried = [r.point for r in ranking.records if r.is_trial and r.point]
+    assert len(tried) == (3 if algorithm == "grid" else 4)
+    assert all(0.05 <= point["contrast.temperature"] <= 300 for point in tried)
+    if algorithm == "grid":
+        assert ranking.best.point == {"contrast.temperature": 3.0}
+
+
+def test_a_population_takes_over_the_state_of_the_better_and_changes_in_mid_run(
+    fast, data, tmp_path
+):
+    changed = {"search.algorithm": "pbt", "search.trials": "4", "search.rungs": "4"}
+    ranking = sweep(configure(data, tmp_path, **changed, **{"search.seeds": "[]"}), SPACE)
+    members = [record for record in ranking.records if record.member]
+    assert {record.member for record in members} == {f"member-{i}" for i in range(4)}
+    forked = [record for record in members if record.fork]
+    assert forked, "no member took over another's state"
+    for record in forked:
+        parent = next(r for r in members if record.fork.startswith(f"{r.run}/"))
+        assert parent.point != record.point
+    assert any(record.status == "replaced" for record in members)
+    store = open_storage(ranking.plan.url, ranking.plan.base.storage)
+    assert len(read_records(store)) == len(ranking.records)
+
+
+@pytest.mark.parametrize(
+    ("changed", "space", "words"),
+    [
+        ({"search.objective": "student_iou"}, SPACE, ["'student_iou'", "no trial", "student_miou"]),
+        ({"validation.data": ""}, SPACE, ["validation.data is not set"]),
+        ({"workers": "4", "cpus_per_worker": "1"}, SPACE, ["workers: 4", "2 CPU", "--workers"]),
+        ({"search.algorithm": "pbt"}, "method: {choice: [protocl]}", ["method", "mid-run"]),
+        ({"search.algorithm": "grid"}, SPACE, ["contrast.temperature is loguniform", "choice"]),
+        ({}, "contrast.temperature: {uniform: [0, 1]}", ["contrast.temperature can be 0"]),
+        ({}, "contrast.temprature: {uniform: [1, 2]}", ["temprature", "did you mean"]),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_trial_starts(
+    changed, space, words, fast, data, tmp_path
+):
+    with pytest.raises(ValueError) as error:
+        sweep(configure(data, tmp_path, **changed), space)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not list(tmp_path.iterdir())
+
+
+def test_miou_is_no_objective_without_labels(fast, data, tmp_path):
+    unlabelled = {"validation.data": data["data.target"]}
+    with pytest.raises(ValueError, match=r"needs labels.*student_information"):
+        sweep(configure(data, tmp_path, **unlabelled), SPACE)
