@@ -100,11 +100,15 @@ def test_prometheus_reads_metrics_and_counters_from_the_node(scraped):
     assert values["ray_sepico_predicted_images_total", None] == 7
 
 
-def test_the_dashboard_asks_for_what_a_run_publishes(trained):
+def test_dashboard_and_alerts_ask_for_what_a_run_publishes(trained):
     known = {key.split("/")[0] for line in metrics(trained[0]) for key in line} - {"time"}
     known |= {"predicted_images_total", "failed_images_total"}
     panels = json.loads(DASHBOARD.read_text())["panels"]
     queries = [target["expr"] for panel in panels for target in panel.get("targets", [])]
     asked = {name for query in queries for name in re.findall(r"ray_sepico_(\w+)", query)}
     assert len(asked) > 15
-    assert asked <= known
+    alerts = DASHBOARD.with_name("alerts.yaml").read_text()
+    alerted = set(re.findall(r"ray_sepico_(\w+)", alerts))
+    # What is no line of metrics.jsonl: states, not steps.
+    assert asked | alerted <= known | {"diverged", "checkpoint_time_seconds"}
+    assert "diverged" in alerted
