@@ -83,7 +83,8 @@ def make_plan(base: TrainConfig, search: SearchConfig, text: str) -> Plan:
     base = resolve(base)
     space = parse_space(text, base)
     _check_objective(base, search.objective)
-    if beyond := {key.name for key in space.keys} - PERTURBABLE and search.algorithm == "pbt":
+    beyond = {key.name for key in space.keys} - PERTURBABLE
+    if beyond and search.algorithm == "pbt":
         raise ValueError(
             f"space: {', '.join(sorted(beyond))} cannot change in mid-run: population-based "
             f"training searches {', '.join(sorted(PERTURBABLE))}"

@@ -143,15 +143,18 @@ def run_member(parameters: dict[str, Any], plan: Plan) -> None:
     member = parameters["member"]
     sweep = open_storage(plan.url, plan.base.storage)
     name, fork = tune.get_context().get_trial_name(), member["fork"]
+    point = plan.space.cut(member["point"], plan.base)
+    done = int(fork.rpartition("/step-")[2][:8]) if fork else 0
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:
             state = json.loads(Path(folder, FORK).read_text())
-        fork = state["fork"]
-        for record in read_records(sweep):
-            if record.member == name and record.status == RUNNING and record.run != state["run"]:
+        fork, done = state["fork"], state["step"]
+        for record in (record for record in read_records(sweep) if record.member == name):
+            if record.run == state["run"] and record.point == point:
+                fork = record.fork  # its own: it was only paused
+            elif record.status == RUNNING and record.run != state["run"]:
                 finish_record(sweep, record.name, REPLACED, f"took over {state['run']}")
-    trial = Trial(plan, plan.space.cut(member["point"], plan.base), plan.base.seed, fork, name)
-    done = int(fork.rpartition("/step-")[2][:8]) if fork else 0
+    trial = Trial(plan, point, plan.base.seed, fork, name)
     for i, step in enumerate(plan.stops):
         if step <= done:
             continue

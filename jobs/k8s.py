@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from cluster.config import TrainConfig
+from cluster.errors import WorkError
 from jobs.command_line import parse, run
 
 OVERLAYS = Path(__file__).parents[1] / "k8s" / "overlays"
@@ -169,7 +170,7 @@ def stop(job: NamedJob) -> None:
 
 
 def _kubectl(*arguments: str, stdin: str | None = None, show: bool = False) -> str:
-    """What kubectl prints. Raises ValueError with its last line."""
+    """What kubectl prints. Raises ValueError with its last line, WorkError if a cluster said it."""
     command = ["kubectl", "--namespace", NAMESPACE, *arguments]
     if arguments[0] == "kustomize":
         command = ["kubectl", *arguments]
@@ -181,7 +182,8 @@ def _kubectl(*arguments: str, stdin: str | None = None, show: bool = False) -> s
     except FileNotFoundError:
         raise ValueError("kubectl is not installed: it is needed to render and to submit") from None
     if done.returncode:
-        raise ValueError(f"kubectl {arguments[0]}: {done.stderr.strip().splitlines()[-1]}")
+        wrong = WorkError if arguments[0] != "kustomize" else ValueError
+        raise wrong(f"kubectl {arguments[0]}: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout or ""
 
 

@@ -12,6 +12,7 @@ from cluster.export import ExportConfig
 from cluster.ingest import IngestConfig
 from cluster.prediction import PredictConfig
 from cluster.report import ReportConfig
+from cluster.sweep_config import SweepConfig
 from cluster.verification import VerifyConfig
 from jobs.demo import DemoConfig
 
@@ -21,6 +22,7 @@ JOBS = {
     "jobs.train": TrainConfig,
     "jobs.evaluate": EvaluateConfig,
     "jobs.predict": PredictConfig,
+    "jobs.sweep": SweepConfig,
     "jobs.export": ExportConfig,
     "jobs.report": ReportConfig,
     "jobs.demo": DemoConfig,
@@ -38,8 +40,12 @@ def document() -> str:
     sections = [HEAD]
     for job, config in JOBS.items():
         said = parse_docstring(inspect.getdoc(config)).short_description
+        rows = _rows(config, "")
+        if TrainConfig in config.__mro__[1:]:
+            said += " The options of `jobs.train` are its trials'; its own:"
+            rows = [row for row in rows if row not in _rows(TrainConfig, "")]
         lines = [f"## python -m {job}", "", said, "", "| option | default | meaning |"]
-        lines += ["| --- | --- | --- |", *_rows(config, "")]
+        lines += ["| --- | --- | --- |", *rows]
         sections.append("\n".join(lines) + "\n")
     return "\n".join(sections)
 

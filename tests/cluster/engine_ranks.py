@@ -72,6 +72,7 @@ def method_config(method: str, start: int) -> MethodConfig:
             ignore_top=4,
             ignore_bottom=0,
             day_night=day_night,
+            class_weight_std=0.05 * day_night,
         ),
         augmentation=AugmentationConfig(),
         mic=MICConfig(weight=float(variant == "masked"), block_size=20),

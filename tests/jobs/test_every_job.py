@@ -8,7 +8,7 @@ import pytest
 from tests.jobs.forked import Case, run_cases
 from tests.s3_server import free_ports
 
-JOBS = ("ingest", "train", "evaluate", "predict", "export", "report", "demo")
+JOBS = ("ingest", "train", "sweep", "evaluate", "predict", "export", "report", "demo")
 PLACES = (
     "EMPTY",
     "RUN",

@@ -7,7 +7,6 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +262,6 @@ def _entrypoint_problems(o: Object, environment: dict[str, str]) -> Iterator[str
             yield f"entrypoint: {python} -m {module} is no job of ours"
             continue
         source, config_class = CONFIGS[module].split(":")
-        if find_spec(source) is None:
-            continue
         try:
             parse(getattr(import_module(source), config_class), arguments)
         except SystemExit:
