@@ -26,13 +26,18 @@ def test_worst_images_and_confusion_are_pictured_beside_the_report(trained):
         for name in ("confusion", "worst"):
             picture = Image.open(folder / row / f"{name}.png")
             assert min(picture.size) > 200
-    assert json.loads((folder.parent / f"{folder.name}.json").read_text()) == report
+    written = json.loads((folder.parent / f"{folder.name}.json").read_text())
+    assert written == json.loads(json.dumps(report))
     assert report["inference"]["flip"] is True
 
 
 def test_a_set_without_labels_becomes_the_submission_that_servers_take(trained):
     run, options = trained
-    config = EvaluateConfig(run=str(run), data=options["data.target"], workers=2, invalid_below=0.4)
+    # The network has hardly been trained: 5 classes, none of them likely.
+    below = 0.23
+    config = EvaluateConfig(
+        run=str(run), data=options["data.target"], workers=2, invalid_below=below
+    )
     report, _ = evaluate(config)
     place = report["rows"]["student"]["submission"]
     folder, _, name = place.rpartition("/")
@@ -43,14 +48,19 @@ def test_a_set_without_labels_becomes_the_submission_that_servers_take(trained):
         assert folders == {"labelTrainIds", "labelTrainIds_invalid", "confidence"}
         assert len(archive.namelist()) == 3 * 12
         read = {
-            part: np.asarray(Image.open(io.BytesIO(archive.read(f"{part}/frame003.png"))))
+            part: np.stack(
+                [
+                    np.asarray(Image.open(io.BytesIO(archive.read(f"{part}/frame{i:03d}.png"))))
+                    for i in range(12)
+                ]
+            )
             for part in folders
         }
     labels, valid, sure = (
         read[part] for part in ("labelTrainIds", "labelTrainIds_invalid", "confidence")
     )
-    assert labels.dtype == np.uint8 and labels.shape == (48, 64) and labels.max() < 5
+    assert labels.dtype == np.uint8 and labels.shape == (12, 48, 64) and labels.max() < 5
     assert sure.dtype == np.uint16
-    unsure = sure < round(0.4 * 65535)
+    unsure = sure < round(below * 65535)
     assert unsure.any() and not unsure.all()
     assert (valid[unsure] == 255).all() and (valid[~unsure] == labels[~unsure]).all()

@@ -31,6 +31,7 @@ def warm_up(ray_cluster, trained, tmp_path_factory) -> str:
     return f"{run.url}/{checkpoint.prefix}"
 
 
+@pytest.mark.slow
 def test_a_fork_equals_the_run_trained_from_its_beginning(warm_up, trained, tmp_path):
     run, options = trained
     config = parse(TrainConfig, command("", options)[3:])

@@ -26,6 +26,7 @@ def worker_starts(run: Path) -> int:
     return len(list(run.glob("tensorboard/events*")))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("joined")
 def test_a_sweep_whose_driver_is_killed_goes_on_and_its_best_preset_trains(data, tmp_path):
     (tmp_path / "space.yaml").write_text(SPACE)

@@ -154,6 +154,7 @@ def test_a_continued_sweep_trains_only_what_is_missing(swept, data, tmp_path):
         sweep(resumed, SPACE.replace("300", "200"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["tpe", "grid"])
 def test_every_algorithm_finds_points_of_the_space(algorithm, fast, data, tmp_path):
     space = SPACE
@@ -172,6 +173,7 @@ def test_every_algorithm_finds_points_of_the_space(algorithm, fast, data, tmp_pa
         assert ranking.best.point == {"contrast.temperature": 3.0}
 
 
+@pytest.mark.slow
 def test_a_population_takes_over_the_state_of_the_better_and_changes_in_mid_run(
     fast, data, tmp_path
 ):
