@@ -60,7 +60,7 @@ MISTAKES = [
             "demo --folder TO",
         )
     ),
-    Mistake("empty folder", "ingest --root EMPTY --to TO", 2, ["no class file", "EMPTY"]),
+    Mistake("empty folder", "ingest --root EMPTY --to TO", 2, ["no folder", "EMPTY"]),
     Mistake("empty prefix", f"{TRAIN} EMPTY", 2, ["EMPTY", "jobs.ingest"]),
     Mistake("empty prefix", "evaluate --run EMPTY", 2, ["no run at", "EMPTY"]),
     Mistake("empty data", "evaluate --run RUN --data EMPTY", 2, ["EMPTY", "jobs.ingest"]),
