@@ -75,8 +75,9 @@ class PredictImages:
         for write in writes:
             write.result()
         failed = sum(map(bool, errors.values()))
-        self._predicted.inc(len(keys) - failed)
-        self._failed.inc(failed)
+        for counter, count in ((self._predicted, len(keys) - failed), (self._failed, failed)):
+            if count:  # Ray refuses to count nothing
+                counter.inc(count)
         return {"key": keys, "error": [errors[key] for key in keys]}
 
     def _read(self, key: str) -> torch.Tensor:
