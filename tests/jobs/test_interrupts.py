@@ -13,10 +13,8 @@ from cluster.storage import StorageConfig, open_storage
 from tests.jobs.training import command
 
 
-@pytest.mark.parametrize(
-    ("sent", "code"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_training_gives_its_run_and_its_workers_back(
     joined, trained, tmp_path, sent, code
 ):

@@ -24,6 +24,7 @@ def page(trained, tmp_path_factory):
     return to
 
 
+@pytest.mark.slow
 def test_the_report_holds_its_pictures_and_asks_for_nothing(page):
     text = page.read_text()
     assert re.findall(r"<h2>(.*?)</h2>", text) == [
@@ -35,12 +36,14 @@ def test_the_report_holds_its_pictures_and_asks_for_nothing(page):
     assert not re.search(r"<(script|link|iframe)|url\(|@import", text)
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_run_on_what(page):
     text = page.read_text()
     for part in ("distcl", "worker hours", "torch 2.", "Configuration", "tu-test_efficientnet"):
         assert part in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_a_browser_shows_every_picture_and_opens_no_connection(page, tmp_path):
     copy = tmp_path / "report.html"

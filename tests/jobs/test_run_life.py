@@ -31,6 +31,7 @@ def start(options: dict[str, str]) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_and_a_fenced_one_commits_nothing(
     ray_cluster,
     data,
@@ -93,6 +94,7 @@ def test_an_elastic_run_shrinks_with_the_cluster_and_grows_with_it(
     assert steps == list(range(len(steps))), "a step is missing or was written twice"
 
 
+@pytest.mark.slow
 def test_a_drained_node_gets_a_checkpoint_and_the_run_goes_on_elsewhere(
     nodes,
     data,
