@@ -12,7 +12,7 @@ from cluster.evaluation import EvaluateConfig, evaluate
 from cluster.storage import StorageConfig, open_storage
 from sepico.prediction import InferenceConfig
 
-pytestmark = pytest.mark.usefixtures("joined")
+pytestmark = [pytest.mark.usefixtures("joined"), pytest.mark.slow]
 
 
 def test_worst_images_and_confusion_are_pictured_beside_the_report(trained):

@@ -41,15 +41,8 @@ def several_nodes(nodes, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", nodes.address)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "all-reduce",
-        "checkpoint",
-        pytest.param("forward", marks=pytest.mark.slow),
-        pytest.param("backward", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["all-reduce", "checkpoint", "forward", "backward"])
 def test_a_worker_killed_in_mid_work_costs_only_time(fault, trained, tmp_path):
     check_a_fault(fault, trained, tmp_path)
 
