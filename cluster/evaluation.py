@@ -20,7 +20,8 @@ from cluster.manifest import read_manifest
 from cluster.run_config import load_config
 from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage, read_url
 from cluster.submission import merge_parts
-from cluster.training import connect_ray, launch, place, run_url
+from cluster.training import run_url
+from cluster.workers import connect_ray, launch, place
 from sepico.config import ModelConfig
 from sepico.import_official import read_official
 from sepico.metrics import ConfusionMatrix

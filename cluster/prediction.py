@@ -23,7 +23,8 @@ from cluster.predictor import FOLDERS, PredictImages, output_keys
 from cluster.ray_tasks import progress_bar
 from cluster.run_config import load_config
 from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage
-from cluster.training import connect_ray, run_url, use_gpu
+from cluster.training import run_url
+from cluster.workers import connect_ray, use_gpu
 from sepico import exported
 from sepico.network import Segmentor
 from sepico.prediction import InferenceConfig, taxonomy_of_size

@@ -19,7 +19,8 @@ from cluster.evaluation import Output, evaluate_tasks, load_network, tasks_of_ru
 from cluster.ingest import IngestConfig, ingest
 from cluster.reader import open_reader
 from cluster.storage import StorageConfig, absolute_url, open_storage
-from cluster.training import connect_ray, train
+from cluster.training import train
+from cluster.workers import connect_ray
 from jobs.command_line import parse, run
 from jobs.street_scenes import TAXONOMY, write_dataset
 from sepico.panels import image_grid

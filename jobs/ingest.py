@@ -14,8 +14,8 @@ python -m jobs.ingest verify s3://BUCKET/gtav
 import sys
 
 from cluster.ingest import IngestConfig, check, ingest
-from cluster.training import connect_ray
 from cluster.verification import VerifyConfig, find, verify
+from cluster.workers import connect_ray
 from jobs.command_line import run
 
 

@@ -8,7 +8,7 @@ python -m jobs.predict --images PHOTOS --to PREDICTIONS --checkpoint FILE.pth --
 import sys
 
 from cluster.prediction import PredictConfig, check, predict
-from cluster.training import connect_ray
+from cluster.workers import connect_ray
 from jobs.command_line import run
 
 

@@ -20,7 +20,7 @@ from cluster.storage import StorageConfig, open_storage
 from cluster.sweep import sweep
 from cluster.sweep_config import SweepConfig
 from cluster.sweep_results import Ranking
-from cluster.training import connect_ray
+from cluster.workers import connect_ray
 from jobs.command_line import parse
 from jobs.street_scenes import write_dataset
 

@@ -1,0 +1,189 @@
+"""A group of Ray Train workers: join or start a cluster, find room, launch, wait for the answer."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import PurePosixPath
+from typing import Any
+
+import ray
+import ray.train
+from ray.autoscaler.sdk import request_resources
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.config import WorkerRange
+from cluster.errors import WorkError
+from cluster.events import EVENTS
+from cluster.storage import StorageConfig, pyarrow_filesystem
+
+CONNECT_TIMEOUT_S = 5
+ABORT_TIMEOUT_S = 15
+
+
+def connect_ray() -> None:
+    """Join the cluster this process belongs to (RAY_ADDRESS, `ray job submit`), or start one.
+
+    Raises ValueError, in one line, where the cluster does not answer or lets us not in.
+    """
+    if ray.is_initialized():
+        return
+    # Ray would put its own handler, with an exit code of its own, in the place of a job's.
+    terminate = signal.getsignal(signal.SIGTERM)
+    debug = EVENTS.isEnabledFor(logging.DEBUG)
+    level = "debug" if debug else "error"
+    options: dict[str, Any] = {"log_to_driver": debug, "logging_level": level}
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_address(address)
+        try:
+            ray.init(**options)
+        except (ConnectionError, ray.exceptions.AuthenticationError):
+            raise ValueError(
+                f"the Ray cluster at RAY_ADDRESS {address} lets this process not in: give its "
+                "token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, and use its version of Ray"
+            ) from None
+    else:
+        # Ray counts the container's cores itself; the dashboard costs seconds and memory.
+        ray.init("local", include_dashboard=False, **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
+
+
+def _check_address(address: str) -> None:
+    """Raise ValueError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():  # "auto" and "local" are Ray's to understand
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ValueError(
+            f"no Ray cluster answers at RAY_ADDRESS {address} ({error.strerror or error}): start "
+            "it, correct the address, or unset it to work on this machine alone"
+        ) from None
+
+
+def place(workers: int, cpus: int = 0, timeout: float = 0) -> int:
+    """CPU cores of each of `workers`, once the cluster can hold all of them.
+
+    `cpus` 0 takes the largest number that fits. Waits up to `timeout` seconds for a cluster that
+    grows, then raises ValueError that says what was asked and what is there.
+    """
+    deadline = time.monotonic() + timeout
+    if timeout:  # an autoscaler grows for what is asked for, not for who waits
+        bundle = {"CPU": cpus or 1, **({"GPU": 1} if use_gpu() else {})}
+        request_resources(bundles=[bundle] * workers)
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = use_gpu()
+        largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+        for count in [cpus] if cpus else range(largest, 0, -1):
+            if sum(_slots(node, count, gpus) for node in nodes) >= workers:
+                return count
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    there = ", ".join(f"{_count(node, 'CPU')} CPU {_count(node, 'GPU')} GPU" for node in nodes)
+    raise ValueError(
+        f"workers: {workers} asked for with {cpus or 1} CPU{' and 1 GPU' if gpus else ''} each, "
+        f"but the cluster has {len(nodes)} node(s) ({there}): lower --workers, or raise "
+        "--placement_timeout for a cluster that grows"
+    )
+
+
+def room(cpus: int) -> int:
+    """Workers of so many cores, and a GPU each where there are GPUs, that the cluster holds."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(_slots(node, cpus, use_gpu()) for node in nodes)
+
+
+def _count(node: dict[str, float], resource: str) -> int:
+    return int(node.get(resource, 0))
+
+
+def _slots(node: dict[str, float], cpus: int, gpus: bool) -> int:
+    slots = _count(node, "CPU") // cpus
+    return min(slots, _count(node, "GPU")) if gpus else slots
+
+
+def use_gpu() -> bool:
+    """Whether the cluster's workers train on GPUs."""
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def launch(
+    worker: str,
+    payload: dict[str, Any],
+    *,
+    workers: WorkerRange,
+    cpus: int,
+    storage: StorageConfig,
+    folder: str,
+    max_failures: int = 0,
+) -> Any:
+    """Run `worker` ("module:function", called with `payload`) on a Ray Train group.
+
+    Ray starts as many of an elastic range as there is room for, and starts the group again when
+    that changes. Returns rank 0's return value. Raises WorkError with the worker's own message for
+    bad data, RuntimeError for anything else.
+    """
+    filesystem, path = pyarrow_filesystem(folder, storage)
+    parent, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
+    gpu, fixed = use_gpu(), workers.min == workers.max
+    trainer = _InterruptibleTrainer(
+        _call,
+        train_loop_config={"worker": worker, **payload},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers.max if fixed else (workers.min, workers.max),
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=parent,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except (KeyboardInterrupt, SystemExit):
+        trainer.abort()
+        raise
+    except ray.train.TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {})
+        if not failures:
+            raise RuntimeError(str(error)) from error
+        # Ray wraps what a worker raised; the others fail with it, in their collectives.
+        causes = [getattr(failure, "_base_exc", failure) for failure in failures.values()]
+        for cause in causes:
+            if isinstance(cause, ValueError):
+                raise WorkError(str(cause)) from error
+        raise RuntimeError(str(causes[0])) from error
+
+
+class _InterruptibleTrainer(TorchTrainer):
+    """Leaves interrupts to the job: Ray's own handler would end it with exit code 0."""
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """End the workers before the run's lease is given back; the actor ends with them."""
+        if self._controller is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.get(self._controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+
+
+def _call(payload: dict[str, Any]) -> Any:
+    """Import the worker where it runs, so that the driver never imports DeepSpeed."""
+    import importlib
+
+    module, function = payload.pop("worker").split(":")
+    return getattr(importlib.import_module(module), function)(payload)
