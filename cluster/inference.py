@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.engine import autocast_dtype, set_up_process
-from cluster.evaluation import EvaluationTask, Output, task_networks
+from cluster.evaluation import EvaluationTask, Output, mean_ious, task_networks
 from cluster.loader import load_samples
 from cluster.manifest import Manifest
 from cluster.reader import Sample, ShardReader, open_reader
@@ -48,8 +48,11 @@ def predict_share(
 @torch.no_grad()
 def evaluate_network(
     network: Segmentor, data_url: str, storage: StorageConfig, device: torch.device
-) -> tuple[ConfusionMatrix | None, Certainty]:
-    """Confusion matrix (None without labels) and certainty of a network. A collective."""
+) -> tuple[Taxonomy, ConfusionMatrix | None, Certainty]:
+    """Data's classes, a network's confusion matrix (None without labels) and certainty.
+
+    A collective.
+    """
     reader = open_reader(data_url, storage)
     taxonomy = reader.manifest.taxonomy
     matrix, certainty = None, Certainty(network.num_classes)
@@ -64,7 +67,26 @@ def evaluate_network(
     network.train(training)
     for sums in filter(None, (matrix, certainty)):
         sums.all_reduce(device)
-    return matrix, certainty
+    return taxonomy, matrix, certainty
+
+
+def validate_networks(
+    networks: dict[str, Segmentor], data_url: str, storage: StorageConfig, device: torch.device
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Percentages NAME_miou, NAME_confidence, ... of each network, and NAME_iou/CLASS.
+
+    A collective. Data without labels has no IoU.
+    """
+    metrics, per_class = {}, {}
+    for name, network in networks.items():
+        taxonomy, matrix, certainty = evaluate_network(network, data_url, storage, device)
+        measures = certainty.measures()
+        if matrix is not None:
+            measures |= mean_ious(matrix, taxonomy)
+            ious = zip(taxonomy.names, matrix.iou().tolist(), strict=True)
+            per_class |= {f"{name}_iou/{key}": 100 * iou for key, iou in ious if iou == iou}
+        metrics |= {f"{name}_{key}": 100 * value for key, value in measures.items()}
+    return metrics, per_class
 
 
 @torch.no_grad()

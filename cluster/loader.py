@@ -23,6 +23,7 @@ from cluster.read_metrics import ReadMetrics
 from cluster.reader import Sample, ShardReader
 from cluster.sampling import Draw, Sampler
 from cluster.storage import StorageConfig
+from sepico.batch import StepBatch
 from sepico.randomness import slot_generator
 
 READ_AHEAD = 8  # samples decoded ahead in an evaluation
@@ -42,6 +43,26 @@ class Batch:
     target_image: torch.Tensor  # (b, 3, H, W) uint8, the whole image
     target_label: torch.Tensor | None  # (b, 1, H, W) int64, for analysis only
     target_reference: torch.Tensor | None  # (b, 3, H, W) uint8, the day image of the same place
+
+    def to(self, device: torch.device) -> StepBatch:
+        """What a step takes, on `device`."""
+
+        def image(pixels: torch.Tensor | None) -> torch.Tensor | None:
+            if pixels is None:
+                return None
+            return pixels.to(device, non_blocking=True).float() / 255
+
+        def label(pixels: torch.Tensor | None) -> torch.Tensor | None:
+            return None if pixels is None else pixels.to(device, non_blocking=True)
+
+        return StepBatch(
+            self.seeds,
+            image(self.source_image),
+            label(self.source_label),
+            image(self.target_image),
+            label(self.target_label),
+            image(self.target_reference),
+        )
 
 
 Prepared = tuple[Draw, Sample, Sample]  # of one slot: the source's crop, the whole target

@@ -2,7 +2,7 @@
 
 import copy
 import json
-import time
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -10,7 +10,6 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from cluster import read_metrics
 from cluster.activation_checkpointing import checkpoint_activations
 from cluster.checkpoint_format import Checkpoint, delete_incomplete, list_checkpoints
 from cluster.checkpoints import CheckpointWriter, RunState, restore_checkpoint
@@ -23,23 +22,23 @@ from cluster.engine import (
     shard_teacher,
 )
 from cluster.environment import ENVIRONMENT, describe_environment
-from cluster.evaluation import mean_ious
-from cluster.inference import evaluate_network
+from cluster.inference import validate_networks
 from cluster.lease import Lease
 from cluster.loader import Batch, TrainLoader
 from cluster.profiling import StepProfiler
 from cluster.reader import LostSampleError
 from cluster.run_config import find_checkpoint
+from cluster.step_metrics import StepMetrics
 from cluster.storage import Storage, open_storage
-from cluster.telemetry import RunLog, used_bytes
+from cluster.telemetry import RunLog
 from cluster.training import Ended
 from cluster.watchdog import Watchdog
 from sepico.contrast import PixelContrast
 from sepico.network import Segmentor, build_segmentor
 from sepico.normalization import set_batch_norm
 from sepico.panels import step_panel
-from sepico.schedule import contrast_start_step, ema_decay, learning_rate
-from sepico.step import AdaptationStep, StepBatch
+from sepico.schedule import contrast_start_step, ema_decay
+from sepico.step import AdaptationStep
 from sepico.teacher import Teacher, class_weights
 
 # Ray's answer is a call to an actor and a barrier of all workers.
@@ -136,6 +135,9 @@ class _Trainer:
             class_weights(pixel_counts, config.teacher.class_weight_std).to(device),
         )
         self.log = RunLog(run, self.start) if self.rank == 0 else None
+        self.metrics = StepMetrics(
+            config, self.step, self.engine, self.loader, self.log, progress, self.start
+        )
         if self.rank == 0:
             found = describe_environment(device, self.world_size, config.cpus_per_worker)
             run.put(ENVIRONMENT, json.dumps(found, indent=1).encode())
@@ -158,7 +160,7 @@ class _Trainer:
             profiler.part("class statistics", self.step, "_start_statistics")
             profiler.part("contrast", self.contrast, "loss")
             profiler.part("teacher average", self.engine, "update_teacher")
-        profiler.part("logging", self, "_log")
+        profiler.part("logging", self.metrics, "show")
         profiler.part("validation", self, "_validate")
         return profiler
 
@@ -182,7 +184,6 @@ class _Trainer:
 
     def train(self, until: int) -> dict[str, float] | Ended:
         validated: dict[str, float] = {}
-        timer = _Timer(self.start)
         self.batches = iter(self.loader)
         for step in range(self.start, until):
             self.watchdog.beat(step)
@@ -191,7 +192,7 @@ class _Trainer:
             student = self.engine.module.module.train()
             done = step + 1
             logged = done % self.config.log_every == 0 or done == until
-            terms = self.step.terms(self.engine, self._to_device(batch), step, per_class=logged)
+            terms = self.step.terms(self.engine, batch.to(self.device), step, per_class=logged)
             try:
                 self.engine.step(terms, step)
             except DivergenceError:
@@ -201,7 +202,7 @@ class _Trainer:
                 decay = ema_decay(step, optimization, alpha)
                 self.engine.update_teacher(self.teacher, decay)
             if logged:
-                self._log(step, timer)
+                self.metrics.show(step)
             if self.log and self.step.pictures and done % self.config.panel_every == 0:
                 panel = step_panel(self.step.pictures, self.loader.source.taxonomy)
                 self.log.picture("step", done, panel)
@@ -262,105 +263,17 @@ class _Trainer:
         """Dropout draws from torch's generator: an address a step and rank makes a resume exact."""
         torch.manual_seed(hash((self.config.seed, step, self.rank)) & 0x7FFFFFFFFFFFFFFF)
 
-    def _to_device(self, batch: Batch) -> StepBatch:
-        def image(pixels: torch.Tensor | None) -> torch.Tensor | None:
-            if pixels is None:
-                return None
-            return pixels.to(self.device, non_blocking=True).float() / 255
-
-        def label(pixels: torch.Tensor | None) -> torch.Tensor | None:
-            return None if pixels is None else pixels.to(self.device, non_blocking=True)
-
-        return StepBatch(
-            batch.seeds,
-            image(batch.source_image),
-            label(batch.source_label),
-            image(batch.target_image),
-            label(batch.target_label),
-            image(batch.target_reference),
-        )
-
-    def _log(self, step: int, timer: "_Timer") -> None:
-        """Average the step's metrics over workers and show them."""
-        names = sorted(self.step.metrics)
-        values = torch.stack([self.step.metrics[name].double() for name in names])
-        dist.all_reduce(values)
-        metrics = dict(zip(names, (values / self.world_size).tolist(), strict=True))
-        metrics |= self._class_means()
-        if "pseudo_label_right" in metrics:
-            known = metrics.pop("pseudo_label_known")
-            metrics["pseudo_label_accuracy"] = metrics.pop("pseudo_label_right") / max(known, 1e-9)
-        metrics["workers"] = self.world_size
-        metrics["gradient_norm"] = self.engine.gradient_norm
-        metrics["learning_rate"] = learning_rate(step, self.config.optimization)
-        rate = timer.steps_per_second(step + 1)
-        metrics["images_per_second"] = rate * self.config.optimization.global_batch
-        sums = torch.tensor(self.loader.metrics.take(), dtype=torch.float64).to(self.device)
-        dist.all_reduce(sums)
-        reading = read_metrics.summarize(sums.tolist())
-        metrics |= reading
-        memory = torch.tensor(used_bytes(self.device), dtype=torch.float64, device=self.device)
-        dist.all_reduce(memory, dist.ReduceOp.MAX)
-        metrics["memory_bytes"] = memory.item()
-        if self.log:
-            self.log.log(step, metrics)
-            shown = {
-                name: f"{metrics[name]:.3f}"
-                for name in [*names, "pseudo_label_accuracy"]
-                if name in metrics and "regularizer" not in name
-            }
-            shown["images/s"] = f"{metrics['images_per_second']:.1f}"
-            shown |= read_metrics.shown(reading)
-            self.progress.update.remote(step + 1, self.steps, shown)
-
-    def _class_means(self) -> dict[str, float]:
-        """Means per class over all workers, of the classes that occur: NAME/CLASS."""
-        names = sorted(self.step.class_sums)
-        if not names:
-            return {}
-        sums = torch.stack([self.step.class_sums[name] for name in names])
-        dist.all_reduce(sums)
-        classes = self.loader.source.taxonomy.names
-        return {
-            f"{name}/{label}": total / count
-            for name, (totals, counts) in zip(names, sums.tolist(), strict=True)
-            for label, total, count in zip(classes, totals, counts, strict=True)
-            if count
-        }
-
     def _validate(self, student: Segmentor, step: int) -> dict[str, float]:
         networks = {"student": student}
         if self.teacher is not None:
             networks["teacher"] = self.teacher.network
-        metrics, per_class = {}, {}
-        taxonomy = self.loader.source.taxonomy
-        for name, network in networks.items():
-            # A long validation is no hang.
-            with network.register_forward_pre_hook(lambda *_: self.watchdog.beat()):
-                matrix, certainty = evaluate_network(
-                    network, self.config.validation.data, self.config.storage, self.device
-                )
-            measures = certainty.measures()
-            if matrix is not None:
-                measures |= mean_ious(matrix, taxonomy)
-                ious = zip(taxonomy.names, matrix.iou().tolist(), strict=True)
-                per_class |= {f"{name}_iou/{key}": 100 * iou for key, iou in ious if iou == iou}
-            metrics |= {f"{name}_{key}": 100 * value for key, value in measures.items()}
+        data, storage = self.config.validation.data, self.config.storage
+        with ExitStack() as hooks:
+            for network in networks.values():  # a long validation is no hang
+                beat = network.register_forward_pre_hook(lambda *_: self.watchdog.beat())
+                hooks.enter_context(beat)
+            metrics, per_class = validate_networks(networks, data, storage, self.device)
         if self.log:
             self.log.log(step, metrics | per_class)
             self.progress.event.remote("info", "validated", {"step": step + 1, **metrics})
         return metrics
-
-
-class _Timer:
-    """Steps per second since the previous call."""
-
-    def __init__(self, step: int) -> None:
-        self._time = time.monotonic()
-        self._step = step
-
-    def steps_per_second(self, step: int) -> float:
-        now = time.monotonic()
-        rate = (step - self._step) / max(now - self._time, 1e-9)
-        self._time, self._step = now, step
-        return rate

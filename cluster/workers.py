@@ -135,7 +135,8 @@ def launch(
     gpu, fixed = use_gpu(), workers.min == workers.max
     trainer = _InterruptibleTrainer(
         _call,
-        train_loop_config={"worker": worker, **payload},
+        # By reference: Ray's controller would unpickle it, and import for seconds what is in it.
+        train_loop_config={"worker": worker, "payload": ray.put(payload)},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers.max if fixed else (workers.min, workers.max),
@@ -181,9 +182,9 @@ class _InterruptibleTrainer(TorchTrainer):
                 ray.get(self._controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
 
 
-def _call(payload: dict[str, Any]) -> Any:
+def _call(call: dict[str, Any]) -> Any:
     """Import the worker where it runs, so that the driver never imports DeepSpeed."""
     import importlib
 
-    module, function = payload.pop("worker").split(":")
-    return getattr(importlib.import_module(module), function)(payload)
+    module, function = call["worker"].split(":")
+    return getattr(importlib.import_module(module), function)(ray.get(call["payload"]))

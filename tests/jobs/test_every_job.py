@@ -1,11 +1,13 @@
 """Every job answers a mistake with one line on stderr and the right exit code."""
 
+import os
 import shutil
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import pytest
 
-from tests.jobs.forked import Case, run_cases
+from tests.processes import run_module
 from tests.s3_server import free_ports
 
 JOBS = ("ingest", "train", "sweep", "evaluate", "predict", "export", "report", "demo")
@@ -101,15 +103,16 @@ def places(trained, data, folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(places, ray_cluster):
-    cases = []
+    done = []
     for mistake in MISTAKES:
         job, *arguments = mistake.command.split()
         for name in sorted(PLACES, key=len, reverse=True):
             arguments = [_put(word, name, places[name]) for word in arguments]
         environment = {k: v.replace("CLUSTER", ray_cluster) for k, v in mistake.environment.items()}
-        cases.append(Case(f"jobs.{job}", arguments, environment, mistake.file_bytes))
-    cases += [Case(f"jobs.{job}", ["--help"]) for job in JOBS]
-    return run_cases(cases)
+        with patch.dict(os.environ, environment):
+            job = f"jobs.{job}"
+            done.append(run_module(job, arguments, file_bytes=mistake.file_bytes))
+    return done + [run_module(f"jobs.{job}", ["--help"]) for job in JOBS]
 
 
 def _put(word: str, name: str, place: str) -> str:
@@ -118,7 +121,8 @@ def _put(word: str, name: str, place: str) -> str:
 
 @pytest.mark.parametrize("index", range(len(MISTAKES)), ids=map(str, MISTAKES))
 def test_a_mistake_is_one_line_and_the_right_code(results, places, index):
-    mistake, (code, _, stderr) = MISTAKES[index], results[index]
+    mistake, job = MISTAKES[index], results[index]
+    code, stderr = job.returncode, job.stderr
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, stderr
     assert "Traceback" not in stderr
@@ -129,10 +133,10 @@ def test_a_mistake_is_one_line_and_the_right_code(results, places, index):
 
 @pytest.mark.parametrize("index", range(len(JOBS)), ids=JOBS)
 def test_help_shows_the_options_and_is_no_mistake(results, index):
-    code, stdout, stderr = results[len(MISTAKES) + index]
-    assert code == 0, stderr
-    assert stdout.startswith(f"usage: python -m jobs.{JOBS[index]}")
-    assert "--log-level" in stdout
+    job = results[len(MISTAKES) + index]
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.startswith(f"usage: python -m jobs.{JOBS[index]}")
+    assert "--log-level" in job.stdout
 
 
 def test_mistakes_leave_nothing_behind(results, places, tmp_path_factory):

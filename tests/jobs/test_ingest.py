@@ -1,11 +1,7 @@
 """Ingest as a user runs it: what goes in comes out, and bad data is one line and nothing left."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -20,20 +16,12 @@ from cluster.manifest import read_manifest
 from cluster.reader import ShardReader
 from cluster.storage import StorageConfig, open_storage
 from jobs.command_line import run
+from tests.processes import run_module
 
-REPOSITORY = Path(__file__).parents[2]
 
-
-def user_runs(address, *arguments):
+def user_runs(*arguments):
     """`python -m jobs.ingest ARGUMENTS` on the test cluster."""
-    return subprocess.run(
-        [sys.executable, "-m", "jobs.ingest", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env={**os.environ, "RAY_ADDRESS": address},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_module("jobs.ingest", [str(argument) for argument in arguments])
 
 
 def refused(capsys, *arguments):
@@ -54,10 +42,9 @@ def storage_at(url):
     return open_storage(str(url), StorageConfig())
 
 
-def test_a_user_ingests_into_a_bucket(ray_cluster, folder, s3):
+def test_a_user_ingests_into_a_bucket(joined, folder, s3):
     url = f"{s3.make_bucket('ingest')}/day"
-    done = user_runs(
-        ray_cluster, "--root", folder, "--to", url, "--storage.endpoint", s3.endpoint,
+    done = user_runs("--root", folder, "--to", url, "--storage.endpoint", s3.endpoint,
         "--shard_bytes", 4000, "--size", "32x24",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -74,10 +61,10 @@ def test_a_user_ingests_into_a_bucket(ray_cluster, folder, s3):
     assert int(manifest.pixel_counts[0].sum()) == int((sample.label != 255).sum())
 
 
-def test_a_user_s_bad_file_is_one_line_and_no_data_set(ray_cluster, make_folder, tmp_path):
+def test_a_user_s_bad_file_is_one_line_and_no_data_set(joined, make_folder, tmp_path):
     root = make_folder(tmp_path / "data")
     (root / "images/frame010.jpg").write_bytes(b"no image")
-    done = user_runs(ray_cluster, "--root", root, "--to", tmp_path / "out", "--shard_bytes", 1)
+    done = user_runs("--root", root, "--to", tmp_path / "out", "--shard_bytes", 1)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"error: {root}/images/frame010.jpg does not decode as an image: replace it"

@@ -1,10 +1,6 @@
 """`python -m jobs.ingest verify` names every sample that is not what was written."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,19 +9,11 @@ from cluster.storage import StorageConfig, open_storage
 from cluster.verification import VerifyConfig, find
 from jobs.command_line import run
 from jobs.ingest import report
+from tests.processes import run_module
 
-REPOSITORY = Path(__file__).parents[2]
 
-
-def user_verifies(address, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "jobs.ingest", "verify", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env={**os.environ, "RAY_ADDRESS": address},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def user_verifies(*arguments):
+    return run_module("jobs.ingest", ["verify", *map(str, arguments)])
 
 
 def exit_code(*arguments):
@@ -50,23 +38,23 @@ def damage(storage, name, place):
     storage.put(name, bytes(data))
 
 
-def test_an_intact_data_set_in_a_bucket(ray_cluster, folder, s3):
+def test_an_intact_data_set_in_a_bucket(joined, folder, s3):
     config = StorageConfig(endpoint=s3.endpoint)
     url = f"{s3.make_bucket('verify')}/day"
     made = ingest(IngestConfig(root=str(folder), to=url, shard_bytes=8000, storage=config))
-    done = user_verifies(ray_cluster, url, "--storage.endpoint", s3.endpoint)
+    done = user_verifies(url, "--storage.endpoint", s3.endpoint)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"12 images in {len(made.shards)} shards of {url} are intact\n"
     assert re.search(r"verify: 100% 12/12 .*(image/s|s/image)", done.stderr)
 
 
-def test_every_damaged_sample_is_reported_by_its_key(ray_cluster, data_set):
+def test_every_damaged_sample_is_reported_by_its_key(joined, data_set):
     storage, manifest = data_set
     flipped, missing, truncated = manifest.shards[0], manifest.shards[1], manifest.shards[-1]
     damage(storage, flipped.name, int(manifest.offsets[0]) + 300)
     storage.delete(missing.name)
     storage.put(truncated.name, storage.get(truncated.name)[: int(manifest.offsets[11]) + 9])
-    done = user_verifies(ray_cluster, storage.url)
+    done = user_verifies(storage.url)
     assert done.returncode == 1
     reports = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     lost = [manifest.keys[i] for i in range(12) if manifest.shard[i] == 1]

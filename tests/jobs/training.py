@@ -9,6 +9,7 @@ import torch
 
 from cluster.checkpoint_format import list_checkpoints, read_buffers, read_weights
 from cluster.storage import StorageConfig, open_storage
+from tests.processes import run_module
 
 STEPS = 6
 TINY = {
@@ -47,7 +48,7 @@ def command(module: str, options: dict[str, str]) -> list[str]:
 
 
 def run_job(module: str, options: dict[str, str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command(module, options), capture_output=True, text=True, timeout=400)
+    return run_module(module, command(module, options)[3:])
 
 
 def metrics(run: Path) -> list[dict]:
