@@ -74,6 +74,7 @@ def test_a_run_that_does_not_exist_is_not_evaluated(tmp_path):
     assert "Traceback" not in job.stderr
 
 
+@pytest.mark.slow
 def test_a_lost_object_ends_the_run_with_its_key_and_is_not_tried_again(data, joined, tmp_path):
     target = tmp_path / "target"
     shutil.copytree(data["data.target"], target)

@@ -102,6 +102,7 @@ def first_step(run: Path, **changes) -> dict[str, float]:
     return {name: value.item() for name, value in step.metrics.items()}
 
 
+@pytest.mark.slow
 def test_two_workers_train_on_labels_that_the_day_images_helped_to_find(run):
     lines = [line for line in metrics(run) if "mix_ce" in line]
     assert [line["step"] for line in lines] == list(range(STEPS))

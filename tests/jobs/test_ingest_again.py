@@ -43,7 +43,7 @@ def there_already(capsys):
 
 
 def test_a_killed_ingest_goes_on(ray_cluster, make_folder, tmp_path, capsys):
-    root = make_folder(tmp_path / "data", count=40, size=(240, 320))
+    root = make_folder(tmp_path / "data", count=16, size=(240, 320))
     flags = ["--root", root, "--to", tmp_path / "out", "--shard_bytes", "1"]
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs.ingest", *map(str, flags)],

@@ -10,6 +10,8 @@ from cluster.storage import StorageConfig, open_storage
 from tests.jobs.ray_head import run_head
 from tests.jobs.training import TINY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def head(s3):
@@ -68,7 +70,6 @@ def test_a_wrong_token_is_refused(head):
     assert "401" in job.stdout + job.stderr or "token" in (job.stdout + job.stderr).lower()
 
 
-@pytest.mark.slow
 def test_a_run_is_trained_evaluated_and_predicts_by_submitted_jobs(head, options, folder, s3):
     asked = time.time()
     job = head.submit("jobs.train", *words(options))
@@ -95,7 +96,6 @@ def test_a_run_is_trained_evaluated_and_predicts_by_submitted_jobs(head, options
     assert not head.living_actors()
 
 
-@pytest.mark.slow
 def test_ray_job_stop_keeps_the_last_checkpoint_and_leaves_nobody(head, options, s3):
     long = {"run": "stopped", "optimization.iterations": "100000", "checkpoint_every": "2"}
     job = head.submit("jobs.train", *words({**options, **long}), wait=False)

@@ -2,16 +2,14 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from cluster.storage import StorageConfig, open_storage
+from cluster.storage import Storage, StorageConfig, open_storage
 from tests.jobs.training import STEPS, command, final_weights, losses, metrics, run_job
 
 pytestmark = pytest.mark.usefixtures("joined")
@@ -68,64 +66,67 @@ def test_one_worker_and_two_workers_see_the_same_losses(trained, tmp_path):
         assert one == pytest.approx(two, rel=2e-3)
 
 
-def test_training_from_s3_gives_the_losses_of_files(trained, s3, folder, write_dataset):
-    run, options = trained
+@pytest.fixture(scope="module")
+def killed(joined, trained, s3, folder, write_dataset) -> tuple[Storage, dict[str, str]]:
+    """A bucket with the data and with what a run leaves whose driver was killed after the first
+    of its checkpoints; the run's options."""
     bucket = s3.make_bucket("training")
-    storage = StorageConfig(endpoint=s3.endpoint)
-    write_dataset(folder, open_storage(f"{bucket}/labelled", storage))
-    write_dataset(folder, open_storage(f"{bucket}/unlabelled", storage), labels=False)
-    on_s3 = {
+    config = StorageConfig(endpoint=s3.endpoint)
+    store = open_storage(bucket, config)
+    write_dataset(folder, open_storage(f"{bucket}/labelled", config))
+    write_dataset(folder, open_storage(f"{bucket}/unlabelled", config), labels=False)
+    options = {
+        **trained[1],
         "data.source": f"{bucket}/labelled",
         "data.target": f"{bucket}/unlabelled",
         "validation.data": f"{bucket}/labelled",
-        "runs": f"{bucket}/runs",
+        "runs": f"{bucket}/killed",
         "storage.endpoint": s3.endpoint,
     }
-    job = run_job("jobs.train", {**options, **on_s3})
-    assert job.returncode == 0, job.stderr
-    remote = open_storage(f"{bucket}/runs/first", storage)
-    lines = [json.loads(line) for line in bytes(remote.get("metrics.jsonl")).splitlines()]
-    assert losses(lines) == losses(metrics(run))
-    assert any(key.startswith("panels/") for key in remote.list())
-
-
-@pytest.fixture(scope="module")
-def killed(joined, trained, tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """What a run leaves whose driver was killed after the first of its checkpoints; its options."""
-    runs = tmp_path_factory.mktemp("killed")
-    options = {**trained[1], "runs": str(runs)}
-    checkpoints = runs / "first/checkpoints"
+    first, second = (
+        f"killed/first/checkpoints/step-0000000{step}-1/manifest.json" for step in "36"
+    )
     with subprocess.Popen(
         command("jobs.train", options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as job:
         deadline = time.monotonic() + 120
-        manifest = checkpoints / "step-00000003-1/manifest.json"
-        while not manifest.exists() and job.poll() is None and time.monotonic() < deadline:
+        while not store.exists(first) and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(job.pid, signal.SIGKILL)
-    assert not (checkpoints / "step-00000006-1/manifest.json").exists()
-    return runs, options
+    assert store.exists(first) and not store.exists(second)
+    return store, options
 
 
-def test_a_killed_run_goes_on_as_if_never_killed(trained, killed, tmp_path):
-    run, _ = trained
-    shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
-    job = run_job("jobs.train", {**killed[1], "runs": str(tmp_path)})
+def go_on(killed: tuple[Storage, dict[str, str]], runs: str, **changed: str) -> Storage:
+    """Continue a copy of the killed run below `runs`; the run's folder."""
+    store, options = killed
+    for key in filter(lambda key: "." in key, store.list("killed")):  # no markers of folders
+        store.put(f"{runs}/{key.removeprefix('killed/')}", store.get(key))
+    job = run_job("jobs.train", {**options, "runs": f"{store.url}/{runs}", **changed})
     assert job.returncode == 0, job.stderr
+    return open_storage(f"{store.url}/{runs}/first", StorageConfig(options["storage.endpoint"]))
+
+
+def losses_at(run: Storage) -> list[tuple]:
+    return losses([json.loads(line) for line in run.get("metrics.jsonl").splitlines()])
+
+
+def test_a_run_in_a_bucket_that_was_killed_equals_one_in_files_that_was_not(trained, killed):
+    run = go_on(killed, "continued")
+    assert losses_at(run) == losses(metrics(trained[0]))
     for name in ("student", "teacher", "statistics"):
-        expected, found = final_weights(run, name), final_weights(tmp_path / "first", name)
+        expected, found = final_weights(trained[0], name), final_weights(run, name)
         assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert any(key.startswith("panels/") for key in run.list())
 
 
-def test_a_killed_run_goes_on_with_fewer_workers(trained, killed, tmp_path):
-    shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
-    job = run_job("jobs.train", {**killed[1], "runs": str(tmp_path), "workers": "1"})
-    assert job.returncode == 0, job.stderr
-    lines = losses(metrics(tmp_path / "first"))
-    for one, two in zip(lines, losses(metrics(trained[0])), strict=True):
+def test_a_killed_run_goes_on_with_fewer_workers(trained, killed):
+    run = go_on(killed, "fewer", workers="1")
+    for one, two in zip(losses_at(run), losses(metrics(trained[0])), strict=True):
         assert one == pytest.approx(two, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_source_only_trains_without_teacher_and_projection(trained, tmp_path):
     _, options = trained
     job = run_job("jobs.train", {**options, "method": "source_only", "runs": str(tmp_path)})

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cluster.checkpoint_format import list_checkpoints, read_buffers, read_weights
-from cluster.storage import StorageConfig, open_storage
+from cluster.storage import Storage, StorageConfig, open_storage
 from tests.processes import run_module
 
 STEPS = 6
@@ -59,7 +59,7 @@ def losses(lines: list[dict]) -> list[tuple]:
     return [(line["step"], line["source_ce"], line["mix_ce"]) for line in lines if "mix_ce" in line]
 
 
-def final_weights(url: str | Path, name: str = "student") -> dict[str, torch.Tensor]:
-    storage = open_storage(str(url), StorageConfig())
+def final_weights(run: Path | Storage, name: str = "student") -> dict[str, torch.Tensor]:
+    storage = run if isinstance(run, Storage) else open_storage(str(run), StorageConfig())
     read = read_buffers if name == "statistics" else read_weights
     return read(storage, list_checkpoints(storage)[-1], name)
