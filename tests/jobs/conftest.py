@@ -19,8 +19,8 @@ def joined(ray_cluster):
 
 
 @pytest.fixture(scope="session")
-def nodes(aws_environment) -> Iterator[Cluster]:
-    """A cluster of a head that holds no worker and two nodes of one core.
+def nodes(ray_cluster) -> Iterator[Cluster]:
+    """A cluster of a head that holds no worker and two nodes of one core, beside `ray_cluster`.
 
     A test that loses one of them adds another.
     """

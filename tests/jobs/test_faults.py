@@ -30,9 +30,9 @@ def check_a_fault(
 
 
 def files_of(run: Path) -> set[Path]:
-    """What lies in a run, apart from the files that every start of the workers adds."""
+    """What lies in a run, apart from what a start of the workers adds and a profile."""
     files = {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
-    return {path for path in files if path.parts[0] not in ("tensorboard", "stacks")}
+    return {path for path in files if path.parts[0] not in ("tensorboard", "stacks", "profile")}
 
 
 @pytest.fixture(autouse=True)
