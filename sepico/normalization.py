@@ -24,7 +24,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         # Float64 moments merge without the cancellation of E[x^2] - m^2 in float32.
         mean, variance = mean.double(), variance.double()
         sums = torch.cat([mean * count, (variance + mean**2) * count, mean.new_tensor([count])])
-        dist.all_reduce(sums, group=group)
+        sums = _sum_over_ranks(sums, group)
         total = sums[-1]
         mean, square = sums[:-1].div_(total).chunk(2)
         variance = (square - mean**2).clamp_(min=0)
@@ -41,8 +41,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         dx, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, variance, mean, inverse_std, False, ctx.eps, [True] * 3
         )
-        means = torch.cat([grad_bias, grad_weight]).double()
-        dist.all_reduce(means, group=ctx.group)
+        means = _sum_over_ranks(torch.cat([grad_bias, grad_weight]).double(), ctx.group)
         mean_grad, mean_grad_xhat = (means / ctx.total).to(weight.dtype).chunk(2)
         # dx = w/std (dy - mean(dy) - xhat mean(dy xhat)); the op above gave the first term, the
         # other two are one affine map of x a channel.
@@ -62,6 +61,19 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     count = x.numel() // x.shape[1]
     mean = x.sum((0, 2, 3)) / count
     return mean, (x - mean.view(1, -1, 1, 1)).square_().sum((0, 2, 3)) / count
+
+
+def _sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum of a short vector (n,) over all ranks; x may be overwritten."""
+    if x.is_cuda:
+        dist.all_reduce(x, group=group)
+        return x
+    # gloo's all-reduce passes such a vector around in a dozen messages: 2.1 ms between two
+    # processes where one exchange takes 0.4.
+    ranks = dist.get_world_size(group)
+    of_ranks = x.new_empty(ranks * len(x))
+    dist.all_to_all_single(of_ranks, x.repeat(ranks), group=group)
+    return of_ranks.view(ranks, -1).sum(0)
 
 
 class _Synchronized:
