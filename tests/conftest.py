@@ -21,8 +21,12 @@ NUM_CLASSES = 5
 
 @pytest.fixture(scope="session", autouse=True)
 def aws_environment() -> Iterator[None]:
-    """Credentials of the test server for this process and all it starts; never a person's own."""
+    """Credentials of the test server for this process and all it starts; never a person's own.
+
+    And Ray's mode of authentication, which a process reads once: `ray.init` sets it later.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
         patch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
