@@ -17,16 +17,15 @@ from torchvision.io import write_jpeg, write_png
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, free_ports, run_s3_server
 
 NUM_CLASSES = 5
+# What `ray.init` chooses. A process reads it when it imports Ray, and those that tests fork have
+# done so before any cluster starts.
+os.environ["RAY_AUTH_MODE"] = "token"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def aws_environment() -> Iterator[None]:
-    """Credentials of the test server for this process and all it starts; never a person's own.
-
-    And Ray's mode of authentication, which a process reads once: `ray.init` sets it later.
-    """
+    """Credentials of the test server for this process and all it starts; never a person's own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
         patch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
