@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sepico.rank_sum import RankSum
+
 BatchNormMode = Literal["sync", "frozen", "local"]
 
 
@@ -18,19 +20,19 @@ class _GlobalBatchNorm(torch.autograd.Function):
     """Normalise with the statistics of all ranks; gradients as if the batch were in one place."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, group):
+    def forward(ctx, x, weight, bias, eps, sum_over_ranks):
         count = x.numel() // x.shape[1]
         mean, variance = _moments(x.float())
         # Float64 moments merge without the cancellation of E[x^2] - m^2 in float32.
         mean, variance = mean.double(), variance.double()
         sums = torch.cat([mean * count, (variance + mean**2) * count, mean.new_tensor([count])])
-        sums = _sum_over_ranks(sums, group)
+        sums = sum_over_ranks(sums)
         total = sums[-1]
         mean, square = sums[:-1].div_(total).chunk(2)
         variance = (square - mean**2).clamp_(min=0)
         mean, variance = mean.to(weight.dtype), variance.to(weight.dtype)
         ctx.save_for_backward(x, weight, mean, variance)
-        ctx.eps, ctx.group, ctx.total = eps, group, total
+        ctx.eps, ctx.sum_over_ranks, ctx.total = eps, sum_over_ranks, total
         ctx.mark_non_differentiable(mean, variance, total)
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, total
 
@@ -41,7 +43,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         dx, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, variance, mean, inverse_std, False, ctx.eps, [True] * 3
         )
-        means = _sum_over_ranks(torch.cat([grad_bias, grad_weight]).double(), ctx.group)
+        means = ctx.sum_over_ranks(torch.cat([grad_bias, grad_weight]).double())
         mean_grad, mean_grad_xhat = (means / ctx.total).to(weight.dtype).chunk(2)
         # dx = w/std (dy - mean(dy) - xhat mean(dy xhat)); the op above gave the first term, the
         # other two are one affine map of x a channel.
@@ -63,26 +65,17 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - mean.view(1, -1, 1, 1)).square_().sum((0, 2, 3)) / count
 
 
-def _sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of a short vector (n,) over all ranks; x may be overwritten."""
-    if x.is_cuda:
-        dist.all_reduce(x, group=group)
-        return x
-    # gloo's all-reduce passes such a vector around in a dozen messages: 2 ms between two processes
-    # of a small machine where one exchange takes 0.6.
-    ranks = dist.get_world_size(group)
-    of_ranks = x.new_empty(ranks * len(x))
-    dist.all_to_all_single(of_ranks, x.repeat(ranks), group=group)
-    return of_ranks.view(ranks, -1).sum(0)
-
-
 class _Synchronized:
     """Mixed into a batch-norm class by `set_batch_norm`; the module keeps its parameters."""
+
+    sum_over_ranks: RankSum  # one for all layers of a network
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, variance, total = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, None)
+        y, mean, variance, total = _GlobalBatchNorm.apply(
+            x, self.weight, self.bias, self.eps, self.sum_over_ranks
+        )
         self.num_batches_tracked.add_(1)
         momentum = self.momentum
         if momentum is None:
@@ -116,7 +109,10 @@ def set_batch_norm(network: nn.Module, mode: BatchNormMode) -> None:
     if mode == "local" or (mode == "sync" and alone):
         return
     mixin = _Synchronized if mode == "sync" else _Frozen
+    sum_over_ranks = RankSum()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             cls = type(module)
             module.__class__ = type(mixin.__name__.strip("_") + cls.__name__, (mixin, cls), {})
+            if mode == "sync":
+                module.sum_over_ranks = sum_over_ranks

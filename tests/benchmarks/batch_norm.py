@@ -3,7 +3,8 @@
     python tests/benchmarks/batch_norm.py [--repeats 200]
 
 Moments of a layer (var_mean against two passes) and their sum over workers (gloo's all-reduce
-against one exchange), in turn, in one run; a ratio above 1 is a gain.
+against sockets between the ranks), in turn, in one run; a ratio above 1 is a gain. "busy": each
+worker computes for about a millisecond between two sums, as a layer does.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sepico.normalization import _moments, _sum_over_ranks
+from sepico.normalization import _moments
+from sepico.rank_sum import RankSum
 
 SHAPES = [(4, 16, 48, 48), (4, 96, 12, 12), (2, 256, 80, 80)]
 CHANNELS = [16, 256, 1024]
@@ -48,12 +50,20 @@ def run_rank(rank: int, rendezvous: str, repeats: int) -> None:
         dist.barrier()
         if rank == 0:
             show(f"moments {shape}", plain, own)
+    sum_over_ranks = RankSum()
+    convolution = torch.nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
+    image = torch.randn(4, 32, 24, 24)
+    compute = measure(lambda: convolution(image), repeats)
     for channels in CHANNELS:
         x = torch.zeros(2 * channels + 1, dtype=torch.float64)
         plain = measure(lambda x=x: dist.all_reduce(x), repeats)
-        own = measure(lambda x=x: _sum_over_ranks(x, None), repeats)
+        own = measure(lambda x=x: sum_over_ranks(x), repeats)
         if rank == 0:
             show(f"sum over workers, {channels} channels", plain, own)
+        plain = measure(lambda x=x: (convolution(image), dist.all_reduce(x)), repeats) - compute
+        own = measure(lambda x=x: (convolution(image), sum_over_ranks(x)), repeats) - compute
+        if rank == 0:
+            show(f"busy, {channels} channels", plain, own)
 
 
 def main() -> None:

@@ -32,15 +32,17 @@ def reduced(monkeypatch) -> list[int]:
         sizes.append(tensor.nbytes)
         return Done()
 
-    def all_to_all(received: torch.Tensor, sent: torch.Tensor, **kwargs: object) -> None:
-        """How batch-norm sums on CPUs: the same vector goes to both."""
-        sizes.append(sent.nbytes // 2)
-        received.copy_(sent)
+    class Sum:
+        """How batch-norm sums over workers."""
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(x.nbytes)
+            return 2 * x
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(dist, "all_to_all_single", all_to_all)
+    monkeypatch.setattr("sepico.normalization.RankSum", Sum)
     return sizes
 
 

@@ -66,7 +66,7 @@ def test_a_dry_run_prints_sizes_and_names_what_it_has_no_data_for(capsys):
     config.model.num_classes = 9
     describe(config)
     printed = capsys.readouterr().out
-    assert "380 of 8 images" in printed
+    assert "300 of 8 images" in printed
     assert "no manifest" in printed
     assert f"statistics {8 * (9 * (2 * 32 + 1) + 1 + 1):>14,}" in printed
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -124,6 +125,17 @@ def test_a_killed_run_goes_on_with_fewer_workers(trained, killed):
     run = go_on(killed, "fewer", workers="1")
     for one, two in zip(losses_at(run), losses(metrics(trained[0])), strict=True):
         assert one == pytest.approx(two, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_draws_the_dropout_of_one_that_was_not_interrupted(trained, tmp_path):
+    options = {**trained[1], "model.dropout": "0.3", "runs": str(tmp_path / "whole")}
+    assert run_job("jobs.train", options).returncode == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/first/checkpoints/step-00000006-1")
+    assert run_job("jobs.train", {**options, "runs": str(tmp_path / "parts")}).returncode == 0
+    expected, found = (final_weights(tmp_path / f"{name}/first") for name in ("whole", "parts"))
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 @pytest.mark.slow
