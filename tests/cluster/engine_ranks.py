@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_grad
+from timm.models import register_model
+from timm.models.efficientnet import _gen_test_efficientnet
 from torch.nn import functional as F
 
 from cluster.activation_checkpointing import checkpoint_activations
@@ -36,6 +38,12 @@ MISTAKES = ("local mean", "local statistics", "local batch-norm", "unpaused proj
 CLASS_WEIGHT = torch.linspace(0.9, 1.1, CITYSCAPES_19.num_classes)
 
 
+@register_model
+def half_test_efficientnet(pretrained: bool = False, **options: object) -> torch.nn.Module:
+    """timm's `test_efficientnet` at half its width, 27 thousand parameters."""
+    return _gen_test_efficientnet("test_efficientnet", 0.5, pretrained=pretrained, **options)
+
+
 def method_config(method: str, start: int) -> MethodConfig:
     """A tiny network, a constant rate (a warm-up would hide errors), no dropout.
 
@@ -50,7 +58,7 @@ def method_config(method: str, start: int) -> MethodConfig:
     return MethodConfig(
         method=method,
         model=ModelConfig(
-            encoder="tu-test_efficientnet",
+            encoder="tu-half_test_efficientnet",
             encoder_weights=None,
             head_channels=16,
             head_dilations=(1, 2),

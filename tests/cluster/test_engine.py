@@ -89,7 +89,7 @@ def distance(state: dict, expected: dict, initial: dict, kind: str) -> float:
         if name.startswith(kind) and NO_GRADIENT not in name:
             difference += (state[name] - value).double().square().sum().item()
             moved += (value - initial[name]).double().square().sum().item()
-    assert moved > 1e-3
+    assert moved > 1e-4
     return (difference / moved) ** 0.5
 
 
