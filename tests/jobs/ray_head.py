@@ -23,6 +23,15 @@ RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
 CHECKOUT = Path(__file__).parents[2]
 
 
+# A submitted job's driver, and what Ray's libraries keep for the life of the cluster.
+RAYS_ACTORS = {
+    "JobSupervisor",
+    "_AutoscalingCoordinatorActor",
+    "ActorLocationTracker",
+    "_StatsActor",
+}
+
+
 @dataclass
 class Head:
     """A head node on loopback, and how to talk to it."""
@@ -59,12 +68,12 @@ class Head:
             return json.load(response)
 
     def living_actors(self) -> list[str]:
-        """Classes of the actors that are alive, but for Ray's own of a submitted job."""
+        """Classes of the actors that are alive, but for Ray's own."""
         actors = self.get(
             "/api/v0/actors?filter_keys=state&filter_predicates==&filter_values=ALIVE"
         )
         names = [actor["class_name"] for actor in actors["data"]["result"]["result"]]
-        return [name for name in names if name != "JobSupervisor"]
+        return [name for name in names if name not in RAYS_ACTORS]
 
 
 @contextmanager
