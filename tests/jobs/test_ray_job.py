@@ -8,6 +8,7 @@ import pytest
 from cluster.checkpoint_format import list_checkpoints
 from cluster.storage import StorageConfig, open_storage
 from tests.jobs.ray_head import run_head
+from tests.jobs.test_sweep import SEARCH, SPACE
 from tests.jobs.training import TINY
 
 pytestmark = pytest.mark.slow
@@ -93,6 +94,17 @@ def test_a_run_is_trained_evaluated_and_predicts_by_submitted_jobs(head, options
     )  # fmt: skip
     assert job.returncode == 0, job.stdout + job.stderr
     assert "predicted 12 images" in job.stdout
+    assert not head.living_actors()
+
+
+def test_a_submitted_sweep_leaves_its_best_preset_in_the_bucket(head, options, tmp_path):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    run = f"{options.pop('runs')}/swept"
+    sweep = {**options, **SEARCH, "run": run, "space": str(tmp_path / "space.yaml")}
+    job = head.submit("jobs.sweep", *words(sweep))
+    assert job.returncode == 0, job.stdout + job.stderr
+    folder = open_storage(run, StorageConfig(endpoint=options["storage.endpoint"]))
+    assert all(folder.exists(name) for name in ("best.yaml", "trials.csv", "report.html"))
     assert not head.living_actors()
 
 
