@@ -6,12 +6,60 @@ from torch.nn import functional as F
 
 
 def conv_norm_act(channels_in: int, channels_out: int, kernel: int = 1) -> nn.Sequential:
-    """Convolution (same padding), batch-norm, ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(inplace=True),
+    """Convolution of kernel 1 or 3 (same padding), batch-norm, ReLU."""
+    conv = (
+        Conv3x3(channels_in, channels_out)
+        if kernel == 3
+        else nn.Conv2d(channels_in, channels_out, 1, bias=False)
     )
+    return nn.Sequential(conv, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution (same padding) that learns faster on CPUs.
+
+    Where a CPU has no AVX-512 its kernel for the weight's gradient takes four times as long as the
+    one for the input's. Nine matrix products, one for each tap, do not.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, h, w) -> (B, C_out, h, w)."""
+        if x.is_cuda or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return _Conv3x3.apply(x, self.weight)
+
+
+class _Conv3x3(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, padding=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x, _, _ = torch.ops.aten.convolution_backward(
+                *(grad, x, weight, None),
+                *([1, 1], [1, 1], [1, 1], False, [0, 0], 1),  # stride, padding, dilation ...
+                [True, False, False],
+            )
+        # Both in rows of w + 2 pixels, zeros around x and behind grad: what a tap reads of x is
+        # then one run of pixels, and rows and images that it runs into meet zeros of grad.
+        row = x.shape[3] + 2
+        pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).flatten(0, 2)
+        grads = F.pad(grad.permute(0, 2, 3, 1), (0, 0, 0, 2, 0, 2)).flatten(0, 2)
+        length = len(pixels) - 2 * row - 2
+        grad_weight = weight.new_empty(3, 3, *weight.shape[:2])
+        for i in range(3):
+            for j in range(3):
+                shifted = pixels[i * row + j :][:length]
+                torch.mm(grads[:length].t(), shifted, out=grad_weight[i, j])
+        return grad_x, grad_weight.permute(2, 3, 0, 1)
 
 
 class DilatedDepthwiseConv(nn.Conv2d):
@@ -54,8 +102,15 @@ class _DilatedDepthwise(torch.autograd.Function):
 def _phases(x: Tensor, d: int) -> Tensor:
     """(B, C, h, w) -> (B d d, C, ceil(h / d), ceil(w / d)): every d-th pixel, zeros at the end."""
     batch, channels, height, width = x.shape
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -width % d, 0, -height % d))
-    rows, columns = x.shape[1] // d, x.shape[2] // d
+    rows, columns = -(-height // d), -(-width // d)
+    if height % d or width % d:
+        padded = x.new_empty(batch, rows * d, columns * d, channels)
+        padded[:, :height, :width] = x.permute(0, 2, 3, 1)
+        padded[:, height:] = 0  # F.pad would write all of it twice
+        padded[:, :height, width:] = 0
+        x = padded
+    else:
+        x = x.permute(0, 2, 3, 1)
     x = x.reshape(batch, rows, d, columns, d, channels).permute(0, 2, 4, 1, 3, 5)
     return x.reshape(-1, rows, columns, channels).permute(0, 3, 1, 2)
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from sepico.heads.deeplab import DeepLabV2Head
-from sepico.heads.layers import DilatedDepthwiseConv
+from sepico.heads.layers import Conv3x3, DilatedDepthwiseConv
 
 
 def assert_equal_with_gradients(ours, theirs, leaves):
@@ -26,6 +26,16 @@ def test_a_dilated_depthwise_convolution_by_phases_is_the_dilated_one(dilation, 
     layer = DilatedDepthwiseConv(4, dilation).double()
     x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
     plain = F.conv2d(x, layer.weight, padding=dilation, dilation=dilation, groups=4)
+    assert_equal_with_gradients(layer(x), plain, [x, layer.weight])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 4)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_3x3_convolution_has_the_gradients_of_the_plain_one(size, layout):
+    torch.manual_seed(0)
+    layer = Conv3x3(4, 3).double()
+    x = torch.randn(2, 4, *size, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    plain = F.conv2d(x, layer.weight, padding=1)
     assert_equal_with_gradients(layer(x), plain, [x, layer.weight])
 
 
