@@ -45,9 +45,10 @@ class Pod:
         tmp.mkdir()
         setup = (
             f"mount --bind {tmp} /tmp && mount -t tmpfs -o size={shm} tmpfs /dev/shm"
-            f" && mount -o remount,bind,ro / && cd / && exec {shlex.join(command)}"
+            f" && mount -o remount,bind,ro / && hostname {self.name} && cd /"
+            f" && exec {shlex.join(command)}"
         )
-        isolated = "unshare --mount --pid --fork --mount-proc --kill-child bash -c"
+        isolated = "unshare --mount --uts --pid --fork --mount-proc --kill-child bash -c"
         kubelet = f"while true; do {isolated} {shlex.quote(setup)}; sleep 1; done"
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -61,7 +62,7 @@ class Pod:
     def run(self, command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
         """Run a command in the running pod, as `kubectl exec` and a preStop hook do."""
         unshare = _child(self.process.pid)
-        enter = ["nsenter", "--target", _child(unshare), "--mount", "--pid", "--net"]
+        enter = ["nsenter", "--target", _child(unshare), "--mount", "--uts", "--pid", "--net"]
         return subprocess.run([*enter, *command], env=container_env(env), check=True)
 
     def kill(self) -> None:
@@ -103,7 +104,8 @@ class Network:
         for pod in self.pods.values():
             folder = Path("/etc/netns") / pod.name
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "hosts").write_text("\n".join(lines) + "\n")
+            own = f"{pod.address} {pod.name}"  # by which gloo finds the address it has
+            (folder / "hosts").write_text("\n".join([*lines, own]) + "\n")
 
     def enforce(self, objects: list[dict[str, Any]]) -> None:
         """Load the NetworkPolicies among `objects` as nftables rules of every pod."""
