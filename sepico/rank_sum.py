@@ -17,6 +17,7 @@ from torch import Tensor
 # All ranks send before they read, so a piece has to fit into the buffers of a socket.
 PIECE_BYTES = 32768
 CONNECT_TIMEOUT_S = 120
+HELLO_TIMEOUT_S = 10  # a rank says who it is as soon as it is connected
 
 
 class RankSum:
@@ -66,8 +67,11 @@ class RankSockets:
             server.settimeout(CONNECT_TIMEOUT_S)
             while None in self._peers[rank + 1 :]:
                 connection, _ = server.accept()
-                connection.settimeout(CONNECT_TIMEOUT_S)
-                hello = connection.recv(20, socket.MSG_WAITALL)
+                connection.settimeout(HELLO_TIMEOUT_S)
+                try:
+                    hello = connection.recv(20, socket.MSG_WAITALL)
+                except OSError:  # a stranger that says nothing, or left
+                    hello = b""
                 if len(hello) == 20 and secrets.compare_digest(hello[:16], token):
                     self._keep(int.from_bytes(hello[16:], "big"), connection)
                 else:

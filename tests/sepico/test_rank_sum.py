@@ -54,13 +54,15 @@ def test_every_rank_gets_the_vectors_of_all(ranks, length):
         assert all(torch.equal(rows, vectors) for rows in got)
 
 
+@pytest.mark.parametrize("hello", [bytes(16) + (1).to_bytes(4, "big"), b""])
 @pytest.mark.parametrize("ranks", [2], indirect=True)
-def test_who_does_not_know_the_token_is_turned_away(ranks):
+def test_who_does_not_know_the_token_is_turned_away(ranks, hello, monkeypatch):
+    monkeypatch.setattr("sepico.rank_sum.HELLO_TIMEOUT_S", 0.2)
     strangers = []
 
     def knock(ends: list[Any]) -> None:
         stranger = socket.create_connection(ends[0][:2])
-        stranger.sendall(bytes(16) + (1).to_bytes(4, "big"))
+        stranger.sendall(hello)
         strangers.append(stranger)
 
     ranks.before_connecting = knock
