@@ -3,7 +3,7 @@
 import html
 import math
 
-from cluster.evaluation import evaluate_tasks, tasks_of_run
+from cluster.evaluation import Output, evaluate_tasks, tasks_of_run
 from cluster.manifest import read_manifest
 from cluster.storage import open_storage
 from cluster.sweep_config import MEASURES
@@ -113,7 +113,7 @@ def _class_ious(ranking: Ranking) -> str:
         for task in tasks_of_run(entry.records[seed].run, data, "", plan.base.storage)
     ]
     rows, taxonomy = evaluate_tasks(
-        tasks, plan.base.storage, plan.base.worker_range.max, folder=plan.url
+        tasks, plan.base.storage, plan.base.worker_range.max, Output(plan.url)
     )
     ious = [[row["student"]["iou"][name] for name in taxonomy.names] for row in rows]
     seeds = len(ranking.seeds)
