@@ -46,13 +46,13 @@ def sweep(config: SweepConfig, space: str) -> Ranking:
     with hold_lease(store):
         store.put(SWEEP, json.dumps(stored, indent=1).encode())
         search_space(plan, search, concurrent)
-        best = candidates(read_records(store), plan, search.mode)[: search.top]
+        best = candidates(read_records(store), plan)[: search.top]
         seeds = [base.seed, *(seed for seed in search.seeds if seed != base.seed)]
         trials = [(point, seed) for seed in seeds for point in [{}, *best]]
         last = replace(plan, stops=plan.stops[-1:])
-        progress = Progress(last, search.mode, "to the end", len(trials), concurrent)
+        progress = Progress(last, "to the end", len(trials), concurrent)
         train_trials(trials, last, progress)
-        return rank(read_records(store), plan, search.mode, seeds)
+        return rank(read_records(store), plan, seeds)
 
 
 def _settings(config: SweepConfig, space: str) -> tuple[TrainConfig, SearchConfig, str]:

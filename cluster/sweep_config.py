@@ -55,10 +55,6 @@ class SearchConfig:
             if getattr(self, name) < lowest:
                 raise ValueError(f"search.{name} is {getattr(self, name)}: at least {lowest}")
 
-    @property
-    def mode(self) -> Literal["min", "max"]:
-        return "min" if self.objective.endswith("entropy") else "max"
-
 
 @dataclass
 class SweepConfig(TrainConfig):

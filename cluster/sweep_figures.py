@@ -49,7 +49,7 @@ def objective_over_trials(ranking: Ranking) -> str:
         "stopped early": ("o", "none", lambda r: r.status not in (FINISHED, FAILED)),
     }
     best, so_far = math.nan, []
-    pick = np.fmin if ranking.mode == "min" else np.fmax
+    pick = np.fmin if ranking.plan.mode == "min" else np.fmax
     for record in trials:
         if record.status == FINISHED:
             best = float(pick(best, record.last(objective)))
@@ -79,8 +79,8 @@ def parallel_coordinates(ranking: Ranking) -> str:
     goodness = (reached - low) / (high - low or 1)
     columns.append((objective, goodness, [(0.0, f"{low:.1f}"), (1.0, f"{high:.1f}")]))
     figure, axes = plt.subplots(figsize=(max(7.5, 1.6 * len(columns)), 3.6))
-    colours = plt.get_cmap("viridis")(1 - goodness if ranking.mode == "min" else goodness)
-    for i in np.argsort(reached) if ranking.mode == "max" else np.argsort(-reached):
+    colours = plt.get_cmap("viridis")(1 - goodness if ranking.plan.mode == "min" else goodness)
+    for i in np.argsort(reached) if ranking.plan.mode == "max" else np.argsort(-reached):
         axes.plot([values[i] for _, values, _ in columns], color=colours[i], linewidth=1.3)
     for x, (_, _, ticks) in enumerate(columns):
         axes.axvline(x, color="#555555", linewidth=0.8)

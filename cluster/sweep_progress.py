@@ -15,8 +15,8 @@ from cluster.sweep_trial import FAILED, STOPPED, Plan, Record, finish_record, re
 class Progress(tune.Callback):
     """Tune's callback, in the sweep's driver: prints, and notes how trials end."""
 
-    def __init__(self, plan: Plan, mode: str, title: str, total: int, concurrent: int) -> None:
-        self.mode, self.concurrent = mode, concurrent
+    def __init__(self, plan: Plan, title: str, total: int, concurrent: int) -> None:
+        self.concurrent = concurrent
         self._plan, self._title, self._total = plan, title, total
         self._began = time.monotonic()
         self._names: dict[str, str] = {}  # of trials, by Tune's id
@@ -56,7 +56,7 @@ class Progress(tune.Callback):
         if self._best is None:
             return True
         best = self._best.last(self._plan.objective)
-        return value < best if self.mode == "min" else value > best
+        return value < best if self._plan.mode == "min" else value > best
 
     def _print(self, line: str) -> None:
         shown = [f"[{self._title} {len(self._ended)}/{self._total}] {line}"]

@@ -38,7 +38,6 @@ class Ranking:
     """All trials of a sweep, best configuration first."""
 
     plan: Plan
-    mode: str
     seeds: list[int]
     entries: list[Entry]
     records: list[Record]
@@ -53,7 +52,7 @@ class Ranking:
         return next((entry for entry in self.entries if not entry.point), None)
 
 
-def candidates(records: list[Record], plan: Plan, mode: str) -> list[Point]:
+def candidates(records: list[Record], plan: Plan) -> list[Point]:
     """Points to train to the end, best first: by how far they came, then by the objective there.
 
     Of a population the members' last points.
@@ -66,7 +65,7 @@ def candidates(records: list[Record], plan: Plan, mode: str) -> list[Point]:
         and record.seed == plan.base.seed
         and not math.isnan(record.last(plan.objective))
     ]
-    tried.sort(key=lambda record: _order(record, plan, mode))
+    tried.sort(key=lambda record: _order(record, plan))
     points: list[Point] = []
     for record in tried:
         if record.point not in points:
@@ -74,7 +73,7 @@ def candidates(records: list[Record], plan: Plan, mode: str) -> list[Point]:
     return points
 
 
-def rank(records: list[Record], plan: Plan, mode: str, seeds: list[int]) -> Ranking:
+def rank(records: list[Record], plan: Plan, seeds: list[int]) -> Ranking:
     """Rank what was trained to the end on all seeds by the mean, the rest behind it.
 
     Raises ValueError where nothing was.
@@ -92,8 +91,8 @@ def rank(records: list[Record], plan: Plan, mode: str, seeds: list[int]) -> Rank
 
     def order(entry: Entry) -> tuple:
         if entry.complete:
-            return (False, _least_first(entry.mean, mode))
-        return (True, *min(_order(record, plan, mode) for record in entry.records.values()))
+            return (False, _least_first(entry.mean, plan.mode))
+        return (True, *min(_order(record, plan) for record in entry.records.values()))
 
     entries.sort(key=order)
     if not entries or not entries[0].complete:
@@ -101,12 +100,12 @@ def rank(records: list[Record], plan: Plan, mode: str, seeds: list[int]) -> Rank
         raise ValueError(
             f"sweep {plan.url}: no trial came to its end: {'; '.join(sorted(reasons))}"
         )
-    return Ranking(plan, mode, seeds, entries, records)
+    return Ranking(plan, seeds, entries, records)
 
 
-def _order(record: Record, plan: Plan, mode: str) -> tuple[float, float]:
+def _order(record: Record, plan: Plan) -> tuple[float, float]:
     reached = max(map(int, record.measured), default=0)
-    return -reached, _least_first(record.last(plan.objective), mode)
+    return -reached, _least_first(record.last(plan.objective), plan.mode)
 
 
 def _least_first(value: float, mode: str) -> float:
@@ -198,7 +197,7 @@ def importances(ranking: Ranking) -> tuple[int, dict[str, float]]:
     if not varied or len({value for _, value in points}) < 2:
         return step, {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="minimize" if ranking.mode == "min" else "maximize")
+    study = optuna.create_study(direction="minimize" if ranking.plan.mode == "min" else "maximize")
     ranges = {
         key.name: _optuna_range(key, [point[key.name] for point, _ in points]) for key in varied
     }

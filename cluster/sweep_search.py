@@ -50,7 +50,7 @@ def search_space(plan: Plan, search: SearchConfig, concurrent: int) -> None:
         _train_drawn(plan, search, concurrent, options)
     else:
         trials = [(point, plan.base.seed) for point in first_points(plan, search)]
-        progress = Progress(plan, search.mode, search.algorithm, len(trials), concurrent)
+        progress = Progress(plan, search.algorithm, len(trials), concurrent)
         train_trials(trials, plan, progress, **options)
 
 
@@ -76,7 +76,7 @@ def _train_drawn(
             points_to_evaluate=known,
         ),
     }
-    progress = Progress(plan, search.mode, search.algorithm, search.trials, concurrent)
+    progress = Progress(plan, search.algorithm, search.trials, concurrent)
     _fit(run_trial, plan, progress, plan.space.domains(), options)
 
 
@@ -93,6 +93,7 @@ def _train_population(plan: Plan, search: SearchConfig) -> None:
         "scheduler": PopulationBasedTraining(
             time_attr="budget",
             perturbation_interval=1,
+            synch=True,  # else who is measured last has trained longest, and seems the best
             hyperparam_mutations={"member": {"point": plan.space.domains()}},
         ),
         # All at once, and their workers in turn: a member that waited for others to end would
@@ -100,7 +101,7 @@ def _train_population(plan: Plan, search: SearchConfig) -> None:
         "search_alg": BasicVariantGenerator(max_concurrent=len(members)),
         "trial_name_creator": lambda trial: trial.config["member"]["name"],
     }
-    progress = Progress(plan, search.mode, search.algorithm, len(members), len(members))
+    progress = Progress(plan, search.algorithm, len(members), len(members))
     parameters = {"member": tune.grid_search(list(members.values()))}
     _fit(run_member, plan, progress, parameters, options)
 
@@ -129,7 +130,7 @@ def _fit(
         param_space=parameters,
         tune_config=tune.TuneConfig(
             metric=plan.objective,
-            mode=progress.mode,
+            mode=plan.mode,
             reuse_actors=True,  # a driver's imports take seconds
             **options,
         ),

@@ -18,7 +18,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 from ray import tune
@@ -52,6 +52,10 @@ class Plan:
     stops: list[int]  # steps after which a trial is measured and may end
     reduction: int  # one trial in so many passes a stop
     warm_up: Point | None  # what the shared warm-ups keep for all trials; None shares none
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        return "min" if self.objective.endswith("entropy") else "max"
 
     @property
     def start(self) -> int:
@@ -159,6 +163,9 @@ def run_member(parameters: dict[str, Any], plan: Plan) -> None:
         if step <= done:
             continue
         metrics = trial.train_to(step)
+        if trial.record.status == FAILED:
+            # Tune leaves NaN out of a population; the worst takes over the state of the best.
+            metrics = {plan.objective: -math.inf if plan.mode == "max" else math.inf}
         with tempfile.TemporaryDirectory() as folder:
             state = {"fork": trial.checkpoint(), "step": step, "run": trial.record.run}
             Path(folder, FORK).write_text(json.dumps(state))

@@ -40,6 +40,12 @@ CHANGES = {
     "search.seeds": "[77]",
     "search.top": "1",
 }
+POPULATION = {
+    "search.algorithm": "pbt",
+    "search.trials": "4",
+    "search.rungs": "4",
+    "search.seeds": "[]",
+}
 
 
 def leave_a_run(config: TrainConfig, until: int) -> None:
@@ -177,8 +183,7 @@ def test_every_algorithm_finds_points_of_the_space(algorithm, fast, data, tmp_pa
 def test_a_population_takes_over_the_state_of_the_better_and_changes_in_mid_run(
     fast, data, tmp_path
 ):
-    changed = {"search.algorithm": "pbt", "search.trials": "4", "search.rungs": "4"}
-    ranking = sweep(configure(data, tmp_path, **changed, **{"search.seeds": "[]"}), SPACE)
+    ranking = sweep(configure(data, tmp_path, **POPULATION), SPACE)
     members = [record for record in ranking.records if record.member]
     assert {record.member for record in members} == {f"member-{i}" for i in range(4)}
     forked = [record for record in members if record.fork]
@@ -186,9 +191,17 @@ def test_a_population_takes_over_the_state_of_the_better_and_changes_in_mid_run(
     for record in forked:
         parent = next(r for r in members if record.fork.startswith(f"{r.run}/"))
         assert parent.point != record.point
-    assert any(record.status == "replaced" for record in members)
+    failed = {record.member for record in members if record.status == "failed"}
+    assert failed, "no member diverged"
+    assert failed <= {record.member for record in forked}
     store = open_storage(ranking.plan.url, ranking.plan.base.storage)
     assert len(read_records(store)) == len(ranking.records)
+
+
+def test_the_run_of_a_member_that_took_over_another_is_noted_as_replaced(fast, data, tmp_path):
+    space = SPACE.replace("2.0", str(DIVERGING))
+    ranking = sweep(configure(data, tmp_path, **POPULATION), space)
+    assert any(record.status == "replaced" for record in ranking.records if record.member)
 
 
 @pytest.mark.parametrize(
