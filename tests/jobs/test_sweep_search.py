@@ -198,6 +198,7 @@ def test_a_population_takes_over_the_state_of_the_better_and_changes_in_mid_run(
     assert len(read_records(store)) == len(ranking.records)
 
 
+@pytest.mark.slow
 def test_the_run_of_a_member_that_took_over_another_is_noted_as_replaced(fast, data, tmp_path):
     space = SPACE.replace("2.0", str(DIVERGING))
     ranking = sweep(configure(data, tmp_path, **POPULATION), space)
