@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from tqdm import tqdm
 
-from cluster.telemetry import PlainProgress
+from cluster.progress import PlainProgress
 
 
 def run_tasks(task: Any, calls: Iterable[tuple]) -> Iterator[Any]:

@@ -18,9 +18,9 @@ from cluster.errors import WorkError
 from cluster.events import log_event
 from cluster.lease import Lease, hold_lease
 from cluster.manifest import read_manifest
+from cluster.progress import ProgressActor, ProgressDisplay
 from cluster.run_config import CONFIG, check_continuation, check_fork, described
 from cluster.storage import absolute_url, open_storage
-from cluster.telemetry import ProgressActor, ProgressDisplay
 from cluster.workers import connect_ray, launch, place, use_gpu
 from sepico.network import check_model
 

@@ -6,7 +6,7 @@ Hoyer, Dai, Van Gool: DAFormer (CVPR 2022), section 3.2.
 import torch
 from torch import Tensor, nn
 
-from sepico.heads.layers import Conv1x1, DilatedDepthwiseConv, StagedConv1x1, conv_norm_act, resize
+from sepico.heads.layers import DilatedDepthwiseConv, StagedConv1x1, conv_norm_act, resize
 
 
 class SeparableASPP(nn.Module):
@@ -65,10 +65,10 @@ class DAFormerHead(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleList(Conv1x1(width, channels) for width in in_channels)
+        self.embeddings = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in in_channels)
         self.fusion = SeparableASPP([channels] * len(in_channels), channels, dilations)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = Conv1x1(channels, num_classes)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """List of (B, C_i, h_i, w_i), finest first -> logits (B, C, h_0, w_0)."""

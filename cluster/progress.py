@@ -1,0 +1,119 @@
+"""A run's progress bar: rank 0 tells a small actor how far it is, and the driver, which owns the
+terminal, draws what the actor says.
+
+Nothing heavy is imported here: the actor's process starts with every group of workers.
+"""
+
+import sys
+import threading
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+from cluster.events import log_event
+
+
+@ray.remote(num_cpus=0)
+class ProgressActor:
+    """Holds the latest progress of a run."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Any] = {}
+        self._events: list[tuple[str, str, dict[str, Any]]] = []
+        self._hung: dict[tuple[int, str], list[int]] = {}
+        self._end_reason = ""
+
+    def update(self, done: int, total: int, shown: dict[str, str]) -> None:
+        self._latest = {"done": done, "total": total, "shown": shown}
+
+    def event(self, level: str, name: str, fields: dict[str, Any]) -> None:
+        """Log an event at the driver: see `cluster.events`."""
+        self._events.append((level, name, fields))
+
+    def hung(self, rank: int, step: int, stacks: str) -> None:
+        """Show, in one line for all ranks, that a step hangs and where their stack traces lie."""
+        self._hung.setdefault((step, stacks), []).append(rank)
+
+    def end(self, reason: str) -> None:
+        """Let the run end at the next start of its workers."""
+        self._end_reason = reason
+
+    def end_reason(self) -> str:
+        """Why the run ends; empty while it goes on."""
+        return self._end_reason
+
+    def latest(self) -> tuple[dict[str, Any], list[tuple[str, str, dict[str, Any]]]]:
+        """Progress, and the events since the last call."""
+        events, self._events = self._events, []
+        for (step, stacks), ranks in self._hung.items():
+            named = ", ".join(str(rank) for rank in sorted(ranks))
+            message = f"step {step} hangs: stack traces of rank {named} in {stacks}"
+            events.append(("warning", "hangs", {"step": step, "message": message}))
+        self._hung = {}
+        return self._latest, events
+
+
+class ProgressDisplay:
+    """Draws an actor's progress from a thread: a bar on a terminal, plain lines otherwise."""
+
+    def __init__(self, actor: Any, title: str, unit: str) -> None:
+        self._actor, self._title, self._unit = actor, title, unit
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        bar, terminal = None, sys.stderr.isatty()
+        finished = False
+        while not finished:
+            finished = self._done.wait(0.5 if terminal else 5.0)
+            try:
+                latest, events = ray.get(self._actor.latest.remote(), timeout=5)
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+                continue
+            for event in events:
+                log_event(*event)
+            if not latest:
+                continue
+            if bar is None:
+                bar = self._open(latest["total"], latest["done"], terminal)
+            bar.set_postfix(latest["shown"], refresh=False)
+            if latest["done"] != bar.n:
+                bar.update(latest["done"] - bar.n)
+        if bar is not None:
+            bar.close()
+
+    def _open(self, total: int, done: int, terminal: bool) -> tqdm:
+        if terminal:
+            return tqdm(desc=self._title, unit=self._unit, total=total, initial=done)
+        return PlainProgress(desc=self._title, unit=self._unit, total=total, initial=done)
+
+
+class PlainProgress(tqdm):
+    """tqdm for logs: a complete line every ten seconds and at the end, no carriage returns."""
+
+    monitor_interval = 0  # tqdm's monitor thread would repeat lines of a slow step
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("mininterval", 10)
+        self._shown = -1
+        super().__init__(file=sys.stderr, ascii=True, ncols=0, dynamic_ncols=False, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.n > self.initial and self.n != self._shown:
+            self._shown = self.n
+            print(self.__str__() if msg is None else msg, file=self.fp, flush=True)
+
+    def close(self) -> None:
+        if not self.disable:
+            self.disable = True
+            self._instances.discard(self)
+            self.display()
