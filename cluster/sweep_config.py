@@ -33,7 +33,7 @@ class SearchConfig:
         seeds: Further seeds, which the best are repeated with.
         top: Configurations that are trained to the end on all seeds, besides the sweep's own.
         objective: Measure of the validation to search by: "student_miou", "teacher_miou", or
-            without labels "student_information", "student_confidence" or "student_entropy" (least).
+            without labels "teacher_information", "teacher_confidence" or "teacher_entropy" (least).
         concurrent: Trials at a time; 0 for as many as the cluster has room for.
         share_warm_up: Train what trials have in common before the contrast's start once.
     """
@@ -145,5 +145,5 @@ def _check_objective(base: TrainConfig, objective: str) -> None:
     if objective.endswith("miou") and not read_manifest(store).labelled:
         raise ValueError(
             f"search.objective {objective} needs labels, {store.url} has none: "
-            "search by student_information"
+            f"search by {networks[-1]}_information"
         )

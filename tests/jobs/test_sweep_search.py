@@ -228,5 +228,5 @@ def test_what_cannot_work_is_refused_before_a_trial_starts(
 
 def test_miou_is_no_objective_without_labels(fast, data, tmp_path):
     unlabelled = {"validation.data": data["data.target"]}
-    with pytest.raises(ValueError, match=r"needs labels.*student_information"):
+    with pytest.raises(ValueError, match=r"needs labels.*teacher_information"):
         sweep(configure(data, tmp_path, **unlabelled), SPACE)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from sepico.heads.deeplab import DeepLabV2Head
-from sepico.heads.layers import Conv3x3, DilatedDepthwiseConv
+from sepico.heads.layers import Conv1x1, Conv3x3, DilatedDepthwiseConv
 
 
 def assert_equal_with_gradients(ours, theirs, leaves):
@@ -37,6 +37,16 @@ def test_a_3x3_convolution_has_the_gradients_of_the_plain_one(size, layout):
     x = torch.randn(2, 4, *size, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     plain = F.conv2d(x, layer.weight, padding=1)
     assert_equal_with_gradients(layer(x), plain, [x, layer.weight])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_1x1_convolution_as_a_product_is_the_plain_one(layout):
+    torch.manual_seed(0)
+    layer = Conv1x1(4, 3).double()
+    x = torch.randn(2, 4, 5, 7, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    ours = layer(x)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert_equal_with_gradients(ours, F.conv2d(x, layer.weight), [x, layer.weight])
 
 
 @pytest.mark.parametrize("size", [(5, 7), (9, 4)])
