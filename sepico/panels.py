@@ -1,14 +1,15 @@
 """Pictures of a step and of predictions, for people who would rather look than read."""
 
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from torch import Tensor
 
 from sepico.taxonomies import Taxonomy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def step_panel(pictures: dict[str, Tensor], taxonomy: Taxonomy, rows: int = 2) -> bytes:
@@ -49,8 +50,7 @@ def confusion_picture(counts: Tensor, taxonomy: Taxonomy) -> bytes:
     """PNG of a confusion matrix (C, C): of each true class (rows), percent predicted as each."""
     shares = 100 * counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
     side = 2.2 + 0.42 * taxonomy.num_classes
-    figure = Figure((side, side), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure((side, side), 110)
     axes = figure.subplots()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
     ticks = range(taxonomy.num_classes)
@@ -65,7 +65,17 @@ def confusion_picture(counts: Tensor, taxonomy: Taxonomy) -> bytes:
     return _png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def _figure(size: tuple[float, float], dpi: int) -> "Figure":
+    # Imported here: it is most of a second of every worker's start, and few of them draw.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(size, dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -73,11 +83,12 @@ def _png(figure: Figure) -> bytes:
 
 def image_grid(grid: list[list[tuple[str, np.ndarray]]], taxonomy: Taxonomy) -> bytes:
     """PNG of titled (H, W, 3) uint8 images in rows, with the classes' colours below."""
+    from matplotlib.patches import Patch
+
     height, width = grid[0][0][1].shape[:2]
     columns = max(len(row) for row in grid)
     size = (columns * 2.4, len(grid) * (2.4 * height / width + 0.3) + 0.5)
-    figure = Figure(size, dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(size, 100)
     axes = figure.subplots(len(grid), columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
