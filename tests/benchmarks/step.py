@@ -105,11 +105,6 @@ class Training:
         )
         groups = parameter_groups(self.student, config.optimization)
         self.optimizer = PausableAdamW(groups, lr=1e-6, fused=True)
-        # As ZeRO does at its start: the moments, which stay, lie below what a step allocates.
-        for parameter in self.student.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         self.batch = batch()
 
     def step(self) -> None:
