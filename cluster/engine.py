@@ -128,7 +128,10 @@ def set_up_process(cpus: int) -> torch.device:
     torch.set_num_threads(cpus)
     keep_freed_memory()
     adopt_process_group()
-    return ray.train.torch.get_device()
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 class DivergenceError(FloatingPointError):

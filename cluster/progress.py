@@ -1,14 +1,16 @@
 """A run's progress bar: rank 0 tells a small actor how far it is, and the driver, which owns the
-terminal, draws what the actor says.
+terminal, draws what the actor says. Workers that pause ask it whether to go on.
 
 Nothing heavy is imported here: the actor's process starts with every group of workers.
 """
 
+import asyncio
 import sys
 import threading
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from cluster.events import log_event
@@ -23,6 +25,9 @@ class ProgressActor:
         self._events: list[tuple[str, str, dict[str, Any]]] = []
         self._hung: dict[tuple[int, str], list[int]] = {}
         self._end_reason = ""
+        self._pauses = asyncio.Condition()
+        self._arrived = self._allowed = -1
+        self._stopped = False
 
     def update(self, done: int, total: int, shown: dict[str, str]) -> None:
         self._latest = {"done": done, "total": total, "shown": shown}
@@ -52,6 +57,41 @@ class ProgressActor:
             events.append(("warning", "hangs", {"step": step, "message": message}))
         self._hung = {}
         return self._latest, events
+
+    async def allow(self, step: int) -> None:
+        """Let workers that pause before `step` train on to it."""
+        async with self._pauses:
+            self._allowed = step
+            self._pauses.notify_all()
+
+    async def stop(self) -> None:
+        """Let workers end at their next pause."""
+        async with self._pauses:
+            self._stopped = True
+            self._pauses.notify_all()
+
+    async def arrive(self, step: int) -> None:
+        """All that is to be known of the run after `step` steps is written."""
+        async with self._pauses:
+            self._arrived = step
+            self._pauses.notify_all()
+
+    async def arrived(self, step: int) -> None:
+        """Return once the run has arrived at a step."""
+        async with self._pauses:
+            await self._pauses.wait_for(lambda: self._arrived >= step)
+
+    async def goes_on(self, step: int) -> bool:
+        """Whether workers that pause at `step` train on, once that is known."""
+        async with self._pauses:
+            await self._pauses.wait_for(lambda: self._stopped or self._allowed > step)
+            return not self._stopped
+
+
+def start_progress() -> Any:
+    """A ProgressActor beside the driver, so that no lost worker's node takes it along."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ProgressActor.options(scheduling_strategy=here).remote()
 
 
 class ProgressDisplay:

@@ -16,10 +16,11 @@ from cluster.lease import hold_lease
 from cluster.storage import StorageError, open_storage
 from cluster.sweep_config import SearchConfig, SweepConfig, make_plan
 from cluster.sweep_progress import Progress
+from cluster.sweep_records import read_records
 from cluster.sweep_results import Ranking, candidates, rank
 from cluster.sweep_search import search_space, train_trials
 from cluster.sweep_space import Point, parse_space, with_values
-from cluster.sweep_trial import Plan, read_records
+from cluster.sweep_trial import Plan
 from cluster.training import run_url
 from cluster.workers import connect_ray, place, room
 

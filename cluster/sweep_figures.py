@@ -14,9 +14,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cluster.sweep_records import FAILED, FINISHED, Record
 from cluster.sweep_results import Ranking
 from cluster.sweep_space import Key, value_of
-from cluster.sweep_trial import FAILED, FINISHED, Record
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#d95f0e", "#9a9a9a"
 

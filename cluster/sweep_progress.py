@@ -8,8 +8,9 @@ from typing import Any
 from ray import tune
 
 from cluster.storage import open_storage
+from cluster.sweep_records import FAILED, STOPPED, Record, finish_record, read_record
 from cluster.sweep_space import Point
-from cluster.sweep_trial import FAILED, STOPPED, Plan, Record, finish_record, read_record
+from cluster.sweep_trial import Plan
 
 
 class Progress(tune.Callback):

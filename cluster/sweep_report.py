@@ -15,8 +15,8 @@ from cluster.sweep_figures import (
     response,
 )
 from cluster.sweep_progress import describe
+from cluster.sweep_records import FINISHED
 from cluster.sweep_results import Entry, Ranking, importances, rank_correlation, warm_up_saving
-from cluster.sweep_trial import FINISHED
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222;

@@ -10,8 +10,9 @@ import numpy as np
 import optuna
 
 from cluster.sweep_progress import describe
+from cluster.sweep_records import FINISHED, Record
 from cluster.sweep_space import Key, Point, value_of
-from cluster.sweep_trial import FINISHED, Plan, Record
+from cluster.sweep_trial import Plan
 
 
 @dataclass(frozen=True)

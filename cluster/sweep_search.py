@@ -23,8 +23,9 @@ from ray.tune.search.optuna import OptunaSearch
 from cluster.storage import open_storage, pyarrow_filesystem
 from cluster.sweep_config import SearchConfig, first_points
 from cluster.sweep_progress import Progress
+from cluster.sweep_records import FAILED, REPLACED, Record, read_records
 from cluster.sweep_space import Point, value_of
-from cluster.sweep_trial import FAILED, REPLACED, Plan, Record, read_records, run_member, run_trial
+from cluster.sweep_trial import Plan, TrialTrainable, run_member
 
 # Tune's own bookkeeping, which a continued sweep does not read.
 FOLDER = "tune"
@@ -59,7 +60,7 @@ def train_trials(
 ) -> None:
     """Train (point, seed) by (point, seed)."""
     options["search_alg"] = BasicVariantGenerator(max_concurrent=progress.concurrent)
-    _fit(run_trial, plan, progress, {"trial": tune.grid_search(trials)}, options)
+    _fit(TrialTrainable, plan, progress, {"trial": tune.grid_search(trials)}, options)
 
 
 def _train_drawn(
@@ -77,7 +78,7 @@ def _train_drawn(
         ),
     }
     progress = Progress(plan, search.algorithm, search.trials, concurrent)
-    _fit(run_trial, plan, progress, plan.space.domains(), options)
+    _fit(TrialTrainable, plan, progress, plan.space.domains(), options)
 
 
 def _train_population(plan: Plan, search: SearchConfig) -> None:
@@ -112,13 +113,13 @@ def _trials_of(plan: Plan) -> list[Record]:
 
 
 def _fit(
-    trainable: Callable[..., None],
+    trainable: Callable[..., None] | type[tune.Trainable],
     plan: Plan,
     progress: Progress,
     parameters: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
-    """Run Tune with a trainable that is called with parameters and the plan."""
+    """Run Tune with a trainable that gets parameters and the plan."""
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # files that nobody reads
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end the search, not the sweep
     set_optuna_verbosity(WARNING)
@@ -139,6 +140,7 @@ def _fit(
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=TUNE_RETRIES),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[progress],
             verbose=0,
         ),

@@ -1,7 +1,7 @@
 """One trial of a sweep: a run in the sweep's folder, trained from stop to stop.
 
-Between stops nothing of a trial runs but its driver, which holds no core: a trial that is stopped
-there leaves no worker and no placement group, and one that waits for workers holds none.
+At a stop a trial keeps its workers until Tune, which decides at once, lets it go on or ends it. A
+member of a population waits there for the others, who may need its cores: it gives them back.
 
     SWEEP/prefix/DIGEST      the warm-up that trials share: a run that ends at the contrast's start
     SWEEP/trials/NAME        a trial's run, forked from it
@@ -14,31 +14,37 @@ again, after a lost driver, it goes on where it was and repeats nothing.
 import json
 import math
 import tempfile
-import time
+import threading
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import xxhash
 from ray import tune
 
 from cluster.checkpoint_format import list_checkpoints
 from cluster.config import TrainConfig, ValidationConfig
-from cluster.lease import LeaseError
+from cluster.pausing import PausingTraining, train_alone
 from cluster.run_config import FORKABLE, prefix_digest
-from cluster.storage import MissingObjectError, Storage, open_storage
+from cluster.storage import MissingObjectError, open_storage
+from cluster.sweep_records import (
+    FAILED,
+    FINISHED,
+    REPLACED,
+    RUNNING,
+    STOPPED,
+    WARM_UP,
+    Record,
+    finish_record,
+    read_record,
+    read_records,
+    trial_name,
+)
 from cluster.sweep_space import Point, Space, with_values
 from cluster.telemetry import METRICS
-from cluster.training import train
 from sepico.schedule import contrast_start_step
 
-RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
-WARM_UP = "warm-up"
-REPLACED = "replaced"  # a member of a population that took over another's state
-RECORDS = "records"
 FORK = "fork.json"
-POLL_S = 2
 
 
 @dataclass(frozen=True)
@@ -63,79 +69,45 @@ class Plan:
         return contrast_start_step(self.base.contrast.start, self.base.optimization)
 
 
-@dataclass
-class Record:
-    """What is known of a trial."""
+class TrialTrainable(tune.Trainable):
+    """Trains a trial to each stop, as long as Tune lets it, with the same workers.
 
-    name: str
-    run: str
-    point: Point
-    seed: int
-    status: str = RUNNING
-    reason: str = ""
-    fork: str = ""  # checkpoint that a member of a population began from; empty: the warm-up's
-    warm_up: str = ""  # record of the warm-up that it forked from
-    member: str = ""  # of a population
-    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # by step
-    worker_seconds: float = 0.0  # from asking for workers to their end, times their number
-    updated: float = 0.0  # seconds since the epoch
-
-    @property
-    def is_trial(self) -> bool:
-        return self.status != WARM_UP
-
-    def last(self, objective: str) -> float:
-        """The objective at the last stop, NaN if there is none."""
-        if self.status == FAILED or not self.measured:
-            return math.nan
-        return self.measured[max(self.measured, key=int)].get(objective, math.nan)
-
-    def write(self, sweep: Storage) -> None:
-        self.updated = time.time()
-        sweep.put(f"{RECORDS}/{self.name}.json", json.dumps(asdict(self), indent=1).encode())
-
-
-def read_records(sweep: Storage) -> list[Record]:
-    """All records, oldest change first; those of warm-ups too."""
-    keys = sweep.list(RECORDS)
-    return sorted((Record(**json.loads(sweep.get(key))) for key in keys), key=lambda r: r.updated)
-
-
-def read_record(sweep: Storage, name: str) -> Record:
-    """A trial's record. Raises MissingObjectError if there is none."""
-    return Record(**json.loads(sweep.get(f"{RECORDS}/{name}.json")))
-
-
-def finish_record(sweep: Storage, name: str, status: str, reason: str) -> None:
-    """Note how a trial ended that did not end by itself."""
-    record = read_record(sweep, name)
-    if record.status == RUNNING:
-        record.status, record.reason = status, reason
-        record.write(sweep)
-
-
-def trial_name(point: Point, seed: int, fork: str = "") -> str:
-    digest = xxhash.xxh3_64_hexdigest(json.dumps([point, fork], sort_keys=True).encode())
-    return f"{digest[:8] if point or fork else 'default'}-seed{seed}"
-
-
-def run_trial(parameters: dict[str, Any], plan: Plan) -> None:
-    """Tune's trainable: train to each stop, report, go on as long as Tune lets it.
-
-    `parameters` are a drawn point of the space, or {"trial": (point, seed)}. A trial that cannot
+    Tune gives `setup` a drawn point of the space, or {"trial": (point, seed)}. A trial that cannot
     go on reports NaN and ends; why is in its record.
     """
-    drawn = plan.space.cut(parameters, plan.base), plan.base.seed
-    trial = Trial(plan, *parameters.get("trial", drawn))
-    ended = trial.record.status
-    for i, step in enumerate(plan.stops):
-        # Where there is one stop, the sweep wants of a stopped trial what is left of it.
-        if ended == STOPPED and len(plan.stops) > 1 and str(step) not in trial.record.measured:
-            return
-        metrics = trial.train_to(step)
-        tune.report({**metrics, "name": trial.record.name, "budget": plan.reduction**i})
-        if trial.record.status == FAILED:
-            return
+
+    def setup(self, config: dict[str, Any], plan: Plan) -> None:
+        self._plan = plan
+        self._trial: Trial | None = None
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin with another trial, while the workers of the last one end."""
+        if self._trial is not None:
+            threading.Thread(target=self._trial.end, daemon=True).start()
+        plan = self._plan
+        drawn = plan.space.cut(new_config, plan.base), plan.base.seed
+        self._trial = Trial(plan, *new_config.get("trial", drawn))
+        self._left = list(enumerate(plan.stops))
+        self._was_stopped = self._trial.record.status == STOPPED
+        return True
+
+    def step(self) -> dict[str, Any]:
+        i, stop = self._left.pop(0)
+        metrics = self._trial.train_to(stop, self._plan.stops)
+        record = self._trial.record
+        # Of a trial that was stopped before, a sweep with one stop wants what is left of it.
+        known = [step for _, step in self._left if str(step) in record.measured]
+        ended = self._was_stopped and len(self._plan.stops) > 1 and not known
+        return {
+            **metrics,
+            "name": record.name,
+            "budget": self._plan.reduction**i,
+            "done": record.status == FAILED or not self._left or ended,
+        }
+
+    def cleanup(self) -> None:
+        self._trial.end()
 
 
 def run_member(parameters: dict[str, Any], plan: Plan) -> None:
@@ -162,7 +134,7 @@ def run_member(parameters: dict[str, Any], plan: Plan) -> None:
     for i, step in enumerate(plan.stops):
         if step <= done:
             continue
-        metrics = trial.train_to(step)
+        metrics = trial.train_to(step, [step])
         if trial.record.status == FAILED:
             # Tune leaves NaN out of a population; the worst takes over the state of the best.
             metrics = {plan.objective: -math.inf if plan.mode == "max" else math.inf}
@@ -187,27 +159,52 @@ class Trial:
         config = replace(with_values(plan.base, point), seed=seed)
         self._config = replace(config, run=f"{plan.url}/trials/{name}")
         self._run = open_storage(self._config.run, plan.base.storage)
+        self._training: PausingTraining | None = None
         self.record = Record(name, self._config.run, point, seed, fork=fork, member=member)
         with suppress(MissingObjectError):
             self.record = read_record(self._sweep, name)
 
-    def train_to(self, step: int) -> dict[str, float]:
+    def train_to(self, step: int, stops: list[int]) -> dict[str, float]:
         """Train to a step and measure there, unless that was done; returns what was measured, the
-        objective NaN if the trial failed."""
+        objective NaN if the trial failed. The workers wait at each of `stops` but the last."""
         record = self.record
         if str(step) not in record.measured:
             record.status = RUNNING
             record.write(self._sweep)
             try:
-                config = replace(self._config, fork=self._fork or self._warm_up())
-                record.worker_seconds += _train_alone(config, step)
+                self._train(step, stops)
                 record.measured[str(step)] = self._measured(step)
-                if step == config.optimization.steps:
+                if step == self._config.optimization.steps:
                     record.status = FINISHED
             except (ValueError, RuntimeError) as error:
                 record.status, record.reason = FAILED, " ".join(str(error).split())
             record.write(self._sweep)
         return {self._plan.objective: math.nan, **record.measured.get(str(step), {})}
+
+    def _train(self, step: int, stops: list[int]) -> None:
+        done = list_checkpoints(self._run)
+        if done and done[-1].step >= step:
+            return
+        if self._training is None:
+            config = replace(self._config, fork=self._fork or self._warm_up())
+            self._spent = self.record.worker_seconds
+            self._training = PausingTraining(config, stops)
+        training = self._training
+        try:
+            training.go_on(step)
+        finally:
+            self.record.worker_seconds = self._spent + training.worker_seconds
+            if step == stops[-1]:
+                self._training = None
+
+    def end(self) -> None:
+        """Let the workers of a trial that waits at a stop end, and note what they cost."""
+        if self._training is None:
+            return
+        self._training.end()
+        record = read_record(self._sweep, self.record.name)  # how it ended is noted meanwhile
+        record.worker_seconds = self._spent + self._training.worker_seconds
+        record.write(self._sweep)
 
     def checkpoint(self) -> str:
         """URL of the run's newest checkpoint; empty if it has none."""
@@ -236,7 +233,7 @@ class Trial:
         digest = prefix_digest(shared)
         shared = replace(shared, run=f"{plan.url}/prefix/{digest}")
         self.record.warm_up = f"prefix-{digest}"
-        seconds = _train_alone(shared, plan.start)
+        seconds = train_alone(shared, plan.start)
         run = open_storage(shared.run, shared.storage)
         if seconds:
             Record(
@@ -244,18 +241,3 @@ class Trial:
             ).write(self._sweep)
         (checkpoint,) = (c for c in list_checkpoints(run) if c.step == plan.start)
         return f"{run.url}/{checkpoint.prefix}"
-
-
-def _train_alone(config: TrainConfig, until: int) -> float:
-    """Train a run up to a step, or wait for another trial that does; returns its worker-seconds."""
-    run = open_storage(config.run, config.storage)
-    while True:
-        done = list_checkpoints(run)
-        if done and done[-1].step >= until:
-            return 0.0
-        began = time.monotonic()
-        try:
-            train(config, until)
-            return (time.monotonic() - began) * config.worker_range.max
-        except LeaseError:
-            time.sleep(POLL_S)

@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from cluster.checkpoint_format import check_newest, delete_incomplete, list_checkpoints
 from cluster.config import TrainConfig
 from cluster.data import check_data
@@ -18,7 +15,7 @@ from cluster.errors import WorkError
 from cluster.events import log_event
 from cluster.lease import Lease, hold_lease
 from cluster.manifest import read_manifest
-from cluster.progress import ProgressActor, ProgressDisplay
+from cluster.progress import ProgressDisplay, start_progress
 from cluster.run_config import CONFIG, check_continuation, check_fork, described
 from cluster.storage import absolute_url, open_storage
 from cluster.workers import connect_ray, launch, place, use_gpu
@@ -32,11 +29,21 @@ class Ended:
     reason: str
 
 
-def train(config: TrainConfig, until: int | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Pauses:
+    """Steps after which a run waits, with its workers, until its ProgressActor lets it go on."""
+
+    steps: tuple[int, ...]
+    progress: Any
+
+
+def train(
+    config: TrainConfig, until: int | None = None, pauses: Pauses | None = None
+) -> dict[str, Any]:
     """Create or continue a run; returns the last validation's metrics and the run's URL.
 
     Ends after `until` steps where the run is longer, with a validation and a checkpoint as at the
-    end; called again it goes on from there.
+    end; called again it goes on from there. A pause has both too.
 
     Raises ValueError (one line: what is wrong and the fix) before any worker starts; LeaseError,
     one of these, where another writer holds the run.
@@ -61,22 +68,23 @@ def train(config: TrainConfig, until: int | None = None) -> dict[str, Any]:
             delete_incomplete(run)
             return {**newest.metrics, "run": config.run}
         run.put(CONFIG, json.dumps(wanted, indent=1).encode())
-        metrics = _train(replace(config, cpus_per_worker=cpus), lease, until)
+        metrics = _train(replace(config, cpus_per_worker=cpus), lease, until, pauses)
     if isinstance(metrics, Ended):
         raise WorkError(f"run {config.run}: {metrics.reason}")
     log_event("info", "finished", {"run": config.run, **metrics})
     return {**metrics, "run": config.run}
 
 
-def _train(config: TrainConfig, lease: Lease, until: int) -> dict[str, float] | Ended:
+def _train(
+    config: TrainConfig, lease: Lease, until: int, pauses: Pauses | None
+) -> dict[str, float] | Ended:
     """Run the group of workers up to step `until` and show its progress."""
-    # Beside the driver, so that no lost worker's node takes it along.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    progress = ProgressActor.options(scheduling_strategy=here).remote()
+    progress = pauses.progress if pauses else start_progress()
     payload = {
         "config": config,
         "run_url": config.run,
         "until": until,
+        "pauses": pauses.steps if pauses else (),
         "lease": lease,
         "progress": progress,
     }

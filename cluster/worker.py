@@ -2,7 +2,7 @@
 
 import copy
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import ray
@@ -49,10 +49,10 @@ def train_worker(payload: dict[str, Any]) -> dict[str, float] | Ended:
     """Train until step `until`, from the newest checkpoint of the run if there is one.
 
     Runs on every worker of a Ray Train group; `payload` holds `config` (TrainConfig with absolute
-    URLs and a resolved number of CPUs), `run_url`, `until` (the step to end after), `lease` and
-    `progress` (a ProgressActor). Returns the last validation's metrics, or `Ended` of a run that
-    diverged or that lost a sample: Ray starts the workers again after any error. Raises LeaseError
-    where the run has another writer.
+    URLs and a resolved number of CPUs), `run_url`, `until` (the step to end after), `pauses` (steps
+    to wait at), `lease` and `progress` (a ProgressActor). Returns the last validation's metrics, or
+    `Ended` of a run that diverged or that lost a sample: Ray starts the workers again after any
+    error. Raises LeaseError where the run has another writer.
     """
     config: TrainConfig = payload["config"]
     lease, progress = payload["lease"], payload["progress"]
@@ -66,7 +66,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, float] | Ended:
             delete_incomplete(run)
         trainer = _Trainer(config, device, run, lease, progress, watchdog)
         try:
-            return trainer.train(payload["until"])
+            return trainer.train(payload["until"], payload["pauses"])
         except LostSampleError as error:
             # The others wait for this rank in a collective: only a new start ends all of them.
             ray.get(progress.end.remote(str(error)))
@@ -182,16 +182,19 @@ class _Trainer:
             return restore_checkpoint(*find_checkpoint(self.config), self.state)
         return 0
 
-    def train(self, until: int) -> dict[str, float] | Ended:
+    def train(self, until: int, pauses: tuple[int, ...] = ()) -> dict[str, float] | Ended:
         validated: dict[str, float] = {}
         self.batches = iter(self.loader)
         for step in range(self.start, until):
+            if step in pauses and not self._goes_on(step):
+                break
             self.watchdog.beat(step)
             batch = self._next_batch()
             self._seed(step)
             student = self.engine.module.module.train()
             done = step + 1
-            logged = done % self.config.log_every == 0 or done == until
+            rests = done == until or done in pauses
+            logged = done % self.config.log_every == 0 or rests
             terms = self.step.terms(self.engine, batch.to(self.device), step, per_class=logged)
             try:
                 self.engine.step(terms, step)
@@ -207,16 +210,16 @@ class _Trainer:
                 panel = step_panel(self.step.pictures, self.loader.source.taxonomy)
                 self.log.picture("step", done, panel)
             validate = self.config.validation.data and (
-                done % self.config.validation.every == 0 or done == until
+                done % self.config.validation.every == 0 or rests
             )
             if validate:
                 validated = self._validate(student, step)
             drained = done % PREEMPTION_POLL_STEPS == 0 and self._is_drained(done)
-            if done % self.config.checkpoint_every == 0 or done == until or drained:
+            if done % self.config.checkpoint_every == 0 or rests or drained:
                 if self.log:
                     self.log.sync()  # a resume cannot write the lines before it again
                 self.checkpoints.save(done, self.state, validated if validate else {})
-            if drained or done == until:
+            if drained or rests:
                 self.checkpoints.wait()
             self.checkpoints.poll()
             if validate:
@@ -224,6 +227,16 @@ class _Trainer:
             if self.profiler and (table := self.profiler.step_done(done)):
                 self.progress.event.remote("info", "profiled", {"step": done, "message": table})
         return validated
+
+    def _goes_on(self, step: int) -> bool:
+        """Wait at a pause; whether to train on."""
+        if self.rank == 0:
+            self.progress.arrive.remote(step)
+        answer = self.progress.goes_on.remote(step)
+        while True:
+            self.watchdog.beat()  # however long it takes, this is no hang
+            with suppress(ray.exceptions.GetTimeoutError):
+                return ray.get(answer, timeout=self.config.hang_timeout / 2)
 
     def _next_batch(self) -> Batch:
         return next(self.batches)

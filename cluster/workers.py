@@ -13,11 +13,13 @@ from typing import Any
 import ray
 import ray.train
 from ray.autoscaler.sdk import request_resources
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from cluster.config import WorkerRange
 from cluster.errors import WorkError
 from cluster.events import EVENTS
+from cluster.process_group import ProcessGroup
 from cluster.storage import StorageConfig, pyarrow_filesystem
 
 CONNECT_TIMEOUT_S = 5
@@ -133,11 +135,11 @@ def launch(
     filesystem, path = pyarrow_filesystem(folder, storage)
     parent, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
     gpu, fixed = use_gpu(), workers.min == workers.max
-    trainer = _InterruptibleTrainer(
+    trainer = _Trainer(
         _call,
         # By reference: Ray's controller would unpickle it, and import for seconds what is in it.
         train_loop_config={"worker": worker, "payload": ray.put(payload)},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        backend_config=ProcessGroup("nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers.max if fixed else (workers.min, workers.max),
             use_gpu=gpu,
@@ -167,10 +169,15 @@ def launch(
         raise RuntimeError(str(causes[0])) from error
 
 
-class _InterruptibleTrainer(TorchTrainer):
-    """Leaves interrupts to the job: Ray's own handler would end it with exit code 0."""
+class _Trainer(DataParallelTrainer):
+    """Leaves interrupts to the job, where Ray's own handler would end it with exit code 0, and
+    starts no actor for Ray Data, which costs seconds a start: data comes by `cluster.loader`."""
 
     _controller: Any = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if not isinstance(each, DatasetsCallback)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller

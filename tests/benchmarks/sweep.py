@@ -25,18 +25,18 @@ from jobs.command_line import parse
 from jobs.street_scenes import write_dataset
 
 SPACE = """
-contrast.temperature: {choice: [0.1, 1.0, 100.0]}
-contrast.weight: {choice: [0.1, 0.5, 3.0]}
+contrast.temperature: {choice: [0.1, 1.0, 10.0, 100.0]}
+contrast.weight: {choice: [0.1, 0.5, 1.0, 3.0]}
 """
-SETS = {"day": ("day", 60, True), "night": ("night", 40, False), "night_val": ("night", 12, True)}
+SETS = {"day": ("day", 60, True), "night": ("night", 40, False), "night_val": ("night", 16, True)}
 TASK = {
     "config": "demo",
     "workers": "1",
     "cpus_per_worker": "1",
-    "optimization.iterations": "200",
+    "optimization.iterations": "600",
     "optimization.global_batch": "4",
     "optimization.reference_batch": "4",
-    "contrast.start": "80",
+    "contrast.start": "195",
     "checkpoint_every": "1000",
     "panel_every": "1000",
     "validation.every": "1000",

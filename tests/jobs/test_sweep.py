@@ -15,7 +15,13 @@ import torch
 from tests.jobs.training import TINY, command, final_weights, run_job
 
 SPACE = "contrast.temperature: {choice: [0.2, 100.0]}\n"
-SEARCH = {"workers": "1", "search.algorithm": "grid", "search.rungs": "1", "search.top": "1"}
+SEARCH = {
+    "workers": "1",
+    "search.algorithm": "grid",
+    "search.rungs": "2",
+    "search.reduction": "2",
+    "search.top": "1",
+}
 
 
 def records(folder: Path) -> list[dict]:
@@ -47,12 +53,13 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_its_best_preset_trains(data,
 
     again = run_job("jobs.sweep", {"resume": str(folder)})
     assert again.returncode == 0, again.stderr
-    assert all(worker_starts(run) == 1 for run in finished), "a finished trial was repeated"
+    assert all(worker_starts(run) == 1 for run in finished), "restarted at a stop, or repeated"
     (warm_up,) = (folder / "prefix").iterdir()
     assert worker_starts(warm_up) == 1
     rows = list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
     assert {row["contrast.temperature"] for row in rows} == {"0.2", "0.5", "100.0"}
-    assert {row["status"] for row in rows} == {"finished"}
+    done = [row for row in rows if row["status"] == "finished"]
+    assert len(done) >= 2 and {row["status"] for row in rows} <= {"finished", "stopped"}
     page = (folder / "report.html").read_text()
     assert set(re.findall(r"https?://[^\"' <]*", page)) <= {
         "http://www.w3.org/2000/svg",
@@ -60,7 +67,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_its_best_preset_trains(data,
     }
     assert page.count("<svg") == 4 and "IoU per class" in page
 
-    best = min(rows, key=lambda row: -float(row["student_miou"]))
+    best = min(done, key=lambda row: -float(row["student_miou"]))
     trained = run_job(
         "jobs.train", {"config": str(folder / "best.yaml"), "run": str(tmp_path / "best")}
     )

@@ -6,6 +6,7 @@ cost seconds. `test_sweep.py` has the real one.
 
 import json
 import math
+import time
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,14 +15,16 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
-from cluster import sweep_search, sweep_trial
+from cluster import pausing, sweep_search, sweep_trial
 from cluster.checkpoint_format import MANIFEST, Checkpoint, list_checkpoints
 from cluster.config import TrainConfig
 from cluster.run_config import find_checkpoint
 from cluster.storage import open_storage
 from cluster.sweep import sweep
 from cluster.sweep_config import SweepConfig
-from cluster.sweep_trial import Plan, read_records
+from cluster.sweep_records import read_records
+from cluster.sweep_trial import Plan
+from cluster.training import Pauses
 from jobs.command_line import parse
 from tests.jobs.training import TINY, command
 
@@ -66,20 +69,54 @@ def leave_a_run(config: TrainConfig, until: int) -> None:
     run.put(f"{checkpoint.prefix}/{MANIFEST}", json.dumps(asdict(checkpoint)).encode())
 
 
-def run_trial(parameters: dict, plan: Plan) -> None:
-    sweep_trial.train = leave_a_run
-    sweep_trial.run_trial(parameters, plan)
+def leave_runs(config: TrainConfig, until: int, pauses: Pauses | None = None) -> None:
+    """`train`, with its pauses."""
+    for step in [*(pauses.steps if pauses else ()), until]:
+        done = list_checkpoints(open_storage(config.run, config.storage))
+        if not done or done[-1].step < step:
+            leave_a_run(config, step)
+        if step != until:
+            pauses.progress.arrive.remote(step)
+            if not ray.get(pauses.progress.goes_on.remote(step)):
+                return
+
+
+class TrialTrainable(sweep_trial.TrialTrainable):
+    def setup(self, config: dict, plan: Plan) -> None:
+        pausing.train = leave_runs
+        super().setup(config, plan)
 
 
 def run_member(parameters: dict, plan: Plan) -> None:
-    sweep_trial.train = leave_a_run
+    pausing.train = leave_runs
+    sweep_trial.run_member(parameters, plan)
+
+
+def run_member_behind_the_better(parameters: dict, plan: Plan) -> None:
+    """A member that trains to a step when all with a better temperature are there."""
+    sweep = open_storage(plan.url, plan.base.storage)
+
+    def distance(temperature: float) -> float:
+        return abs(math.log(temperature / BEST))
+
+    def leave_last(config: TrainConfig, until: int, pauses: Pauses | None = None) -> None:
+        own = distance(config.contrast.temperature)
+        for _ in range(600):
+            going = [r for r in read_records(sweep) if r.member and r.status == "running"]
+            better = [r for r in going if distance(r.point["contrast.temperature"]) < own]
+            if all(str(until) in record.measured for record in better):
+                break
+            time.sleep(0.1)
+        leave_runs(config, until, pauses)
+
+    pausing.train = leave_last
     sweep_trial.run_member(parameters, plan)
 
 
 @pytest.fixture(scope="module")
 def fast(ray_cluster):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_search, "run_trial", run_trial)
+        patch.setattr(sweep_search, "TrialTrainable", TrialTrainable)
         patch.setattr(sweep_search, "run_member", run_member)
         yield
 
@@ -196,6 +233,20 @@ def test_a_population_takes_over_the_state_of_the_better_and_changes_in_mid_run(
     assert failed <= {record.member for record in forked}
     store = open_storage(ranking.plan.url, ranking.plan.base.storage)
     assert len(read_records(store)) == len(ranking.records)
+
+
+@pytest.mark.slow
+def test_a_member_takes_over_from_one_that_has_trained_as_long(fast, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_search, "run_member", run_member_behind_the_better)
+    space = SPACE.replace("2.0", str(DIVERGING))
+    ranking = sweep(configure(data, tmp_path, **POPULATION), space)
+    members = [record for record in ranking.records if record.member]
+    forked = [record for record in members if record.fork]
+    assert forked, "no member took over another's state"
+    for record in forked:
+        taken = find_checkpoint(TrainConfig(fork=record.fork))[1].step
+        before = [r for r in members if r.member == record.member and r.status == "replaced"]
+        assert any(max(map(int, r.measured)) == taken for r in before), record
 
 
 @pytest.mark.slow
