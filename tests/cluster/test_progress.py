@@ -3,8 +3,11 @@
 import subprocess
 import sys
 
+import pytest
 
-def test_the_progress_actor_imports_no_torch():
-    code = "import cluster.progress, sys; print('torch' in sys.modules)"
+
+@pytest.mark.parametrize("module", ["cluster.progress", "cluster.process_group"])
+def test_what_the_actors_beside_a_group_import_holds_no_torch(module):
+    code = f"import {module}, sys; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"
