@@ -125,12 +125,12 @@ def keep_freed_memory() -> None:
 
 def set_up_process(cpus: int) -> torch.device:
     """Threads, allocator and process group of a worker of Ray Train; returns its device."""
-    torch.set_num_threads(cpus)
-    keep_freed_memory()
-    adopt_process_group()
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    torch.set_num_threads(cpus)
+    keep_freed_memory()
+    adopt_process_group()
     return device
 
 

@@ -18,7 +18,7 @@ from cluster.events import log_event
 
 @ray.remote(num_cpus=0)
 class ProgressActor:
-    """Holds the latest progress of a run."""
+    """Holds the latest progress of a run and, of one that pauses, whether it goes on."""
 
     def __init__(self) -> None:
         self._latest: dict[str, Any] = {}
@@ -27,7 +27,8 @@ class ProgressActor:
         self._end_reason = ""
         self._pauses = asyncio.Condition()
         self._arrived = self._allowed = -1
-        self._stopped = False
+        self._ends = False
+        self._verdicts: dict[int, bool] = {}
 
     def update(self, done: int, total: int, shown: dict[str, str]) -> None:
         self._latest = {"done": done, "total": total, "shown": shown}
@@ -64,28 +65,28 @@ class ProgressActor:
             self._allowed = step
             self._pauses.notify_all()
 
-    async def stop(self) -> None:
-        """Let workers end at their next pause."""
+    async def end_at_pause(self) -> None:
+        """Let workers end at the pause where they wait, or at the next one."""
         async with self._pauses:
-            self._stopped = True
+            self._ends = True
             self._pauses.notify_all()
 
     async def arrive(self, step: int) -> None:
         """All that is to be known of the run after `step` steps is written."""
         async with self._pauses:
-            self._arrived = step
+            self._arrived = max(self._arrived, step)
             self._pauses.notify_all()
 
-    async def arrived(self, step: int) -> None:
+    async def wait_for_arrival(self, step: int) -> None:
         """Return once the run has arrived at a step."""
         async with self._pauses:
             await self._pauses.wait_for(lambda: self._arrived >= step)
 
-    async def goes_on(self, step: int) -> bool:
-        """Whether workers that pause at `step` train on, once that is known."""
+    async def wait_for_verdict(self, step: int) -> bool:
+        """Whether workers that pause at `step` train on, once that is known: the same for all."""
         async with self._pauses:
-            await self._pauses.wait_for(lambda: self._stopped or self._allowed > step)
-            return not self._stopped
+            await self._pauses.wait_for(lambda: self._ends or self._allowed > step)
+            return self._verdicts.setdefault(step, not self._ends)
 
 
 def start_progress() -> Any:

@@ -25,7 +25,8 @@ from cluster.sweep_config import SearchConfig, first_points
 from cluster.sweep_progress import Progress
 from cluster.sweep_records import FAILED, REPLACED, Record, read_records
 from cluster.sweep_space import Point, value_of
-from cluster.sweep_trial import Plan, TrialTrainable, run_member
+from cluster.sweep_trainables import TrialTrainable, run_member
+from cluster.sweep_trial import Plan
 
 # Tune's own bookkeeping, which a continued sweep does not read.
 FOLDER = "tune"

@@ -1,8 +1,5 @@
 """One trial of a sweep: a run in the sweep's folder, trained from stop to stop.
 
-At a stop a trial keeps its workers until Tune, which decides at once, lets it go on or ends it. A
-member of a population waits there for the others, who may need its cores: it gives them back.
-
     SWEEP/prefix/DIGEST      the warm-up that trials share: a run that ends at the contrast's start
     SWEEP/trials/NAME        a trial's run, forked from it
     SWEEP/records/NAME.json  what is known of a trial, or of a warm-up
@@ -13,38 +10,27 @@ again, after a lost driver, it goes on where it was and repeats nothing.
 
 import json
 import math
-import tempfile
-import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
-
-from ray import tune
 
 from cluster.checkpoint_format import list_checkpoints
 from cluster.config import TrainConfig, ValidationConfig
-from cluster.pausing import PausingTraining, train_alone
+from cluster.pausing import PausingTraining
 from cluster.run_config import FORKABLE, prefix_digest
 from cluster.storage import MissingObjectError, open_storage
 from cluster.sweep_records import (
     FAILED,
     FINISHED,
-    REPLACED,
     RUNNING,
-    STOPPED,
     WARM_UP,
     Record,
-    finish_record,
     read_record,
-    read_records,
     trial_name,
 )
 from cluster.sweep_space import Point, Space, with_values
 from cluster.telemetry import METRICS
 from sepico.schedule import contrast_start_step
-
-FORK = "fork.json"
 
 
 @dataclass(frozen=True)
@@ -69,84 +55,6 @@ class Plan:
         return contrast_start_step(self.base.contrast.start, self.base.optimization)
 
 
-class TrialTrainable(tune.Trainable):
-    """Trains a trial to each stop, as long as Tune lets it, with the same workers.
-
-    Tune gives `setup` a drawn point of the space, or {"trial": (point, seed)}. A trial that cannot
-    go on reports NaN and ends; why is in its record.
-    """
-
-    def setup(self, config: dict[str, Any], plan: Plan) -> None:
-        self._plan = plan
-        self._trial: Trial | None = None
-        self.reset_config(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin with another trial, while the workers of the last one end."""
-        if self._trial is not None:
-            threading.Thread(target=self._trial.end, daemon=True).start()
-        plan = self._plan
-        drawn = plan.space.cut(new_config, plan.base), plan.base.seed
-        self._trial = Trial(plan, *new_config.get("trial", drawn))
-        self._left = list(enumerate(plan.stops))
-        self._was_stopped = self._trial.record.status == STOPPED
-        return True
-
-    def step(self) -> dict[str, Any]:
-        i, stop = self._left.pop(0)
-        metrics = self._trial.train_to(stop, self._plan.stops)
-        record = self._trial.record
-        # Of a trial that was stopped before, a sweep with one stop wants what is left of it.
-        known = [step for _, step in self._left if str(step) in record.measured]
-        ended = self._was_stopped and len(self._plan.stops) > 1 and not known
-        return {
-            **metrics,
-            "name": record.name,
-            "budget": self._plan.reduction**i,
-            "done": record.status == FAILED or not self._left or ended,
-        }
-
-    def cleanup(self) -> None:
-        self._trial.end()
-
-
-def run_member(parameters: dict[str, Any], plan: Plan) -> None:
-    """Tune's trainable for population-based training: a chain of runs.
-
-    A member that takes over another's state gets that one's checkpoint from Tune, a file with the
-    URL of the run's own checkpoint, and goes on from there as a fork with other values.
-    """
-    member = parameters["member"]
-    sweep = open_storage(plan.url, plan.base.storage)
-    name, fork = tune.get_context().get_trial_name(), member["fork"]
-    point = plan.space.cut(member["point"], plan.base)
-    done = int(fork.rpartition("/step-")[2][:8]) if fork else 0
-    if checkpoint := tune.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            state = json.loads(Path(folder, FORK).read_text())
-        fork, done = state["fork"], state["step"]
-        for record in (record for record in read_records(sweep) if record.member == name):
-            if record.run == state["run"] and record.point == point:
-                fork = record.fork  # its own: it was only paused
-            elif record.status == RUNNING and record.run != state["run"]:
-                finish_record(sweep, record.name, REPLACED, f"took over {state['run']}")
-    trial = Trial(plan, point, plan.base.seed, fork, name)
-    for i, step in enumerate(plan.stops):
-        if step <= done:
-            continue
-        metrics = trial.train_to(step, [step])
-        if trial.record.status == FAILED:
-            # Tune leaves NaN out of a population; the worst takes over the state of the best.
-            metrics = {plan.objective: -math.inf if plan.mode == "max" else math.inf}
-        with tempfile.TemporaryDirectory() as folder:
-            state = {"fork": trial.checkpoint(), "step": step, "run": trial.record.run}
-            Path(folder, FORK).write_text(json.dumps(state))
-            metrics |= {"name": trial.record.name, "budget": i + 1}
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
-        if trial.record.status == FAILED:
-            return
-
-
 class Trial:
     """A trial's run and its record."""
 
@@ -163,23 +71,37 @@ class Trial:
         self.record = Record(name, self._config.run, point, seed, fork=fork, member=member)
         with suppress(MissingObjectError):
             self.record = read_record(self._sweep, name)
+        if self.record.status == FAILED:  # asked for again, it tries again
+            self.record.status, self.record.reason = RUNNING, ""
 
     def train_to(self, step: int, stops: list[int]) -> dict[str, float]:
         """Train to a step and measure there, unless that was done; returns what was measured, the
         objective NaN if the trial failed. The workers wait at each of `stops` but the last."""
-        record = self.record
-        if str(step) not in record.measured:
-            record.status = RUNNING
-            record.write(self._sweep)
+        if str(step) not in self.record.measured:
+            self._note(status=RUNNING, reason="")
             try:
                 self._train(step, stops)
-                record.measured[str(step)] = self._measured(step)
-                if step == self._config.optimization.steps:
-                    record.status = FINISHED
+                measured = {str(step): self._measured(step)}
+                finished = step == self._config.optimization.steps
+                self._note(measured, status=FINISHED if finished else RUNNING)
             except (ValueError, RuntimeError) as error:
-                record.status, record.reason = FAILED, " ".join(str(error).split())
-            record.write(self._sweep)
-        return {self._plan.objective: math.nan, **record.measured.get(str(step), {})}
+                self._note(status=FAILED, reason=" ".join(str(error).split()))
+            if step == stops[-1]:
+                self._training = None
+        return {self._plan.objective: math.nan, **self.record.measured.get(str(step), {})}
+
+    def _note(self, measured: dict[str, dict[str, float]] | None = None, **changed: Any) -> None:
+        """Change the record, which another process may have changed since it was read."""
+        with suppress(MissingObjectError):
+            warm_up = self.record.warm_up
+            self.record = read_record(self._sweep, self.record.name)
+            self.record.warm_up = warm_up
+        self.record.measured |= measured or {}
+        if self._training is not None:
+            self.record.worker_seconds += self._training.take_worker_seconds()
+        for name, value in changed.items():
+            setattr(self.record, name, value)
+        self.record.write(self._sweep)
 
     def _train(self, step: int, stops: list[int]) -> None:
         done = list_checkpoints(self._run)
@@ -187,24 +109,14 @@ class Trial:
             return
         if self._training is None:
             config = replace(self._config, fork=self._fork or self._warm_up())
-            self._spent = self.record.worker_seconds
             self._training = PausingTraining(config, stops)
-        training = self._training
-        try:
-            training.go_on(step)
-        finally:
-            self.record.worker_seconds = self._spent + training.worker_seconds
-            if step == stops[-1]:
-                self._training = None
+        self._training.train_to(step)
 
     def end(self) -> None:
         """Let the workers of a trial that waits at a stop end, and note what they cost."""
-        if self._training is None:
-            return
-        self._training.end()
-        record = read_record(self._sweep, self.record.name)  # how it ended is noted meanwhile
-        record.worker_seconds = self._spent + self._training.worker_seconds
-        record.write(self._sweep)
+        if self._training is not None:
+            self._training.end()
+            self._note()
 
     def checkpoint(self) -> str:
         """URL of the run's newest checkpoint; empty if it has none."""
@@ -233,8 +145,12 @@ class Trial:
         digest = prefix_digest(shared)
         shared = replace(shared, run=f"{plan.url}/prefix/{digest}")
         self.record.warm_up = f"prefix-{digest}"
-        seconds = train_alone(shared, plan.start)
         run = open_storage(shared.run, shared.storage)
+        seconds = 0.0
+        if not any(checkpoint.step == plan.start for checkpoint in list_checkpoints(run)):
+            training = PausingTraining(shared, [plan.start])
+            training.train_to(plan.start)
+            seconds = training.take_worker_seconds()
         if seconds:
             Record(
                 f"prefix-{digest}", shared.run, kept, config.seed, WARM_UP, worker_seconds=seconds

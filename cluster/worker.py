@@ -186,7 +186,7 @@ class _Trainer:
         validated: dict[str, float] = {}
         self.batches = iter(self.loader)
         for step in range(self.start, until):
-            if step in pauses and not self._goes_on(step):
+            if step in pauses and not self._may_go_on(step):
                 break
             self.watchdog.beat(step)
             batch = self._next_batch()
@@ -228,15 +228,15 @@ class _Trainer:
                 self.progress.event.remote("info", "profiled", {"step": done, "message": table})
         return validated
 
-    def _goes_on(self, step: int) -> bool:
-        """Wait at a pause; whether to train on."""
+    def _may_go_on(self, step: int) -> bool:
+        """Wait at a pause for the verdict on it."""
         if self.rank == 0:
             self.progress.arrive.remote(step)
-        answer = self.progress.goes_on.remote(step)
+        verdict = self.progress.wait_for_verdict.remote(step)
         while True:
             self.watchdog.beat()  # however long it takes, this is no hang
             with suppress(ray.exceptions.GetTimeoutError):
-                return ray.get(answer, timeout=self.config.hang_timeout / 2)
+                return ray.get(verdict, timeout=self.config.hang_timeout / 2)
 
     def _next_batch(self) -> Batch:
         return next(self.batches)

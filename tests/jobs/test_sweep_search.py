@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
-from cluster import pausing, sweep_search, sweep_trial
+from cluster import pausing, sweep_search, sweep_trainables
 from cluster.checkpoint_format import MANIFEST, Checkpoint, list_checkpoints
 from cluster.config import TrainConfig
 from cluster.run_config import find_checkpoint
@@ -77,11 +77,11 @@ def leave_runs(config: TrainConfig, until: int, pauses: Pauses | None = None) ->
             leave_a_run(config, step)
         if step != until:
             pauses.progress.arrive.remote(step)
-            if not ray.get(pauses.progress.goes_on.remote(step)):
+            if not ray.get(pauses.progress.wait_for_verdict.remote(step)):
                 return
 
 
-class TrialTrainable(sweep_trial.TrialTrainable):
+class TrialTrainable(sweep_trainables.TrialTrainable):
     def setup(self, config: dict, plan: Plan) -> None:
         pausing.train = leave_runs
         super().setup(config, plan)
@@ -89,7 +89,7 @@ class TrialTrainable(sweep_trial.TrialTrainable):
 
 def run_member(parameters: dict, plan: Plan) -> None:
     pausing.train = leave_runs
-    sweep_trial.run_member(parameters, plan)
+    sweep_trainables.run_member(parameters, plan)
 
 
 def run_member_behind_the_better(parameters: dict, plan: Plan) -> None:
@@ -110,7 +110,7 @@ def run_member_behind_the_better(parameters: dict, plan: Plan) -> None:
         leave_runs(config, until, pauses)
 
     pausing.train = leave_last
-    sweep_trial.run_member(parameters, plan)
+    sweep_trainables.run_member(parameters, plan)
 
 
 @pytest.fixture(scope="module")
