@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import ray
 import torch
@@ -30,12 +31,15 @@ def children(parent: int, name: str) -> list[int]:
     return [int(pid) for pid in found.stdout.split()]
 
 
-def kill_a_worker() -> None:
-    """One of those that this process's own Ray cluster runs."""
+def kill_a_worker(run: Path) -> None:
+    """One of those that this process's own Ray cluster runs; returns when new ones have begun."""
+    begun = run / "environment.json"
+    before = begun.stat().st_mtime_ns
     workers = [
         pid for raylet in children(os.getpid(), "raylet") for pid in children(raylet, "TrainWorker")
     ]
     os.kill(workers[0], signal.SIGKILL)
+    wait_until(lambda: begun.stat().st_mtime_ns != before)
 
 
 def test_a_run_that_pauses_and_ends_there_goes_on_to_what_it_would_have_been(trained, tmp_path):
@@ -55,8 +59,7 @@ def test_a_run_that_pauses_and_ends_there_goes_on_to_what_it_would_have_been(tra
             assert metrics(tmp_path / "pausing")[-1].keys() >= {"student_miou", "teacher_miou"}
             if step == 2:
                 assert worker_starts() == 1, "the workers were not kept"
-                kill_a_worker()
-                wait_until(lambda: worker_starts() == 2)
+                kill_a_worker(tmp_path / "pausing")
     finally:
         training.end()
     assert list_checkpoints(run)[-1].step == 4, "trained on, without leave"
