@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 from cluster.progress import PlainProgress
 
+CANCEL_TIMEOUT_S = 10
+
 
 def run_tasks(task: Any, calls: Iterable[tuple]) -> Iterator[Any]:
     """Results of `task.remote(*call)` for all calls, as they finish.
 
     Two tasks a core are under way at most, so that calls and results never pile up. A task's
-    exception is raised as it is, and the others are cancelled.
+    exception is raised as it is, once the others, which are cancelled, write nothing any more.
     """
     waiting = iter(calls)
     running: list[ray.ObjectRef] = []
@@ -33,6 +35,8 @@ def run_tasks(task: Any, calls: Iterable[tuple]) -> Iterator[Any]:
     finally:
         for reference in running:
             ray.cancel(reference)
+        if running:
+            ray.wait(running, num_returns=len(running), timeout=CANCEL_TIMEOUT_S)
 
 
 def progress_bar(description: str, total: int) -> tqdm:
