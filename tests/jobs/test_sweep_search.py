@@ -6,7 +6,6 @@ cost seconds. `test_sweep.py` has the real one.
 
 import json
 import math
-import time
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -89,27 +88,6 @@ class TrialTrainable(sweep_trainables.TrialTrainable):
 
 def run_member(parameters: dict, plan: Plan) -> None:
     pausing.train = leave_runs
-    sweep_trainables.run_member(parameters, plan)
-
-
-def run_member_behind_the_better(parameters: dict, plan: Plan) -> None:
-    """A member that trains to a step when all with a better temperature are there."""
-    sweep = open_storage(plan.url, plan.base.storage)
-
-    def distance(temperature: float) -> float:
-        return abs(math.log(temperature / BEST))
-
-    def leave_last(config: TrainConfig, until: int, pauses: Pauses | None = None) -> None:
-        own = distance(config.contrast.temperature)
-        for _ in range(600):
-            going = [r for r in read_records(sweep) if r.member and r.status == "running"]
-            better = [r for r in going if distance(r.point["contrast.temperature"]) < own]
-            if all(str(until) in record.measured for record in better):
-                break
-            time.sleep(0.1)
-        leave_runs(config, until, pauses)
-
-    pausing.train = leave_last
     sweep_trainables.run_member(parameters, plan)
 
 
@@ -233,20 +211,6 @@ def test_a_population_takes_over_the_state_of_the_better_and_changes_in_mid_run(
     assert failed <= {record.member for record in forked}
     store = open_storage(ranking.plan.url, ranking.plan.base.storage)
     assert len(read_records(store)) == len(ranking.records)
-
-
-@pytest.mark.slow
-def test_a_member_takes_over_from_one_that_has_trained_as_long(fast, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_search, "run_member", run_member_behind_the_better)
-    space = SPACE.replace("2.0", str(DIVERGING))
-    ranking = sweep(configure(data, tmp_path, **POPULATION), space)
-    members = [record for record in ranking.records if record.member]
-    forked = [record for record in members if record.fork]
-    assert forked, "no member took over another's state"
-    for record in forked:
-        taken = find_checkpoint(TrainConfig(fork=record.fork))[1].step
-        before = [r for r in members if r.member == record.member and r.status == "replaced"]
-        assert any(max(map(int, r.measured)) == taken for r in before), record
 
 
 @pytest.mark.slow
