@@ -15,6 +15,7 @@ from sepico.config import ModelConfig
 from sepico.heads.daformer import DAFormerHead
 from sepico.heads.deeplab import DeepLabV2Head
 from sepico.heads.projection import PerLayerProjection, ProjectionHead
+from sepico.mix_transformer import keep_less
 
 
 class Segmentor(nn.Module):
@@ -32,6 +33,7 @@ class Segmentor(nn.Module):
         self.encoder = smp.encoders.get_encoder(
             config.encoder, weights=weights, output_stride=config.output_stride
         )
+        keep_less(self.encoder)
         widths = self.encoder.out_channels[-4:]
         self.head = _decode_head(config, widths)
         self.projection_stages = config.projection_stages

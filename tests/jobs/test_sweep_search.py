@@ -214,6 +214,19 @@ def test_a_population_takes_over_the_state_of_the_better_and_changes_in_mid_run(
 
 
 @pytest.mark.slow
+def test_members_are_compared_after_equally_many_steps(fast, data, tmp_path, monkeypatch):
+    # One driver at a time: the members train in turn. Compared as they report, the first, who is
+    # the worst, would already be a rung ahead when all the others have reported, and seem the best.
+    monkeypatch.setattr(sweep_search, "DRIVER", {"CPU": ray.cluster_resources()["CPU"]})
+    space = "contrast.temperature: {choice: [30.0, 300.0]}"
+    config = configure(data, tmp_path, **POPULATION | {"search.trials": "2"})
+    ranking = sweep(config, space)
+    members = [record for record in ranking.records if record.member and not record.fork]
+    assert [record.point["contrast.temperature"] for record in members] == [300.0, 30.0]
+    assert members[0].status == "replaced"
+
+
+@pytest.mark.slow
 def test_the_run_of_a_member_that_took_over_another_is_noted_as_replaced(fast, data, tmp_path):
     space = SPACE.replace("2.0", str(DIVERGING))
     ranking = sweep(configure(data, tmp_path, **POPULATION), space)
