@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -25,7 +25,7 @@ from cluster.workers import connect_ray, launch, place
 from sepico.config import ModelConfig
 from sepico.import_official import read_official
 from sepico.metrics import ConfusionMatrix
-from sepico.network import Segmentor, build_segmentor
+from sepico.network import Segmentor, build_blank
 from sepico.prediction import InferenceConfig
 from sepico.taxonomies import Taxonomy
 
@@ -211,9 +211,9 @@ def load_network(
     """
     run = open_storage(url, storage)
     weights = read_weights(run, checkpoint or list_checkpoints(run)[-1], name)
-    model = replace(ModelConfig(**load_config(run)["model"]), encoder_weights=None)
+    model = ModelConfig(**load_config(run)["model"])
     projects = any(key.startswith("projection.") for key in weights)
-    network = build_segmentor(model, with_projection=with_projection and projects)
+    network = build_blank(model, with_projection=with_projection and projects)
     if network.projection is None:
         weights = {key: v for key, v in weights.items() if not key.startswith("projection.")}
     network.load_state_dict(weights)

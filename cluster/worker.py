@@ -34,7 +34,7 @@ from cluster.telemetry import RunLog
 from cluster.training import Ended
 from cluster.watchdog import Watchdog
 from sepico.contrast import PixelContrast
-from sepico.network import Segmentor, build_segmentor
+from sepico.network import Segmentor, build_blank, build_segmentor
 from sepico.normalization import set_batch_norm
 from sepico.panels import step_panel
 from sepico.schedule import contrast_start_step, ema_decay
@@ -91,8 +91,10 @@ class _Trainer:
         self.steps = config.optimization.steps
         adapts = config.method != "source_only"
 
+        known = self._known_state()
         torch.manual_seed(config.seed)
-        network = build_segmentor(config.model, with_projection=adapts).to(device)
+        build = build_blank if known else build_segmentor
+        network = build(config.model, with_projection=adapts).to(device)
         network.autocast_dtype = autocast_dtype(config.engine.precision)
         self.teacher = Teacher(copy.deepcopy(network)) if adapts else None
         self.contrast = None
@@ -112,7 +114,7 @@ class _Trainer:
         if self.teacher is not None and self.engine.stage == 3:
             shard_teacher(self.teacher)
         self.state = RunState(self.engine, self.teacher, self.contrast)
-        self.start = self._restore()
+        self.start = restore_checkpoint(*known, self.state) if known else 0
         self.checkpoints = CheckpointWriter(
             run, lease, config.keep_last, config.keep_best, self._committed
         )
@@ -175,12 +177,11 @@ class _Trainer:
         if self.log:
             self.log.close()
 
-    def _restore(self) -> int:
+    def _known_state(self) -> tuple[Storage, Checkpoint] | None:
+        """The checkpoint to go on from: the run's newest, else the one it forks from."""
         if existing := list_checkpoints(self.run):
-            return restore_checkpoint(self.run, existing[-1], self.state)
-        if self.config.fork:
-            return restore_checkpoint(*find_checkpoint(self.config), self.state)
-        return 0
+            return self.run, existing[-1]
+        return find_checkpoint(self.config) if self.config.fork else None
 
     def train(self, until: int, pauses: tuple[int, ...] = ()) -> dict[str, float] | Ended:
         validated: dict[str, float] = {}

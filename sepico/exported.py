@@ -14,7 +14,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from sepico.config import ModelConfig
-from sepico.network import Segmentor, build_segmentor
+from sepico.network import Segmentor, build_blank
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 
@@ -43,7 +43,7 @@ def load(folder: str | Path) -> Segmentor:
 
 def build(description: dict[str, Any], weights: bytes, name: str) -> Segmentor:
     """`load` of what the two files hold; errors call the weights `name`."""
-    network = build_segmentor(ModelConfig(**description["model"]), with_projection=False)
+    network = build_blank(ModelConfig(**description["model"]), with_projection=False)
     try:
         network.load_state_dict(safetensors.torch.load(weights))
     except (RuntimeError, SafetensorError):

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from sepico.config import ModelConfig
-from sepico.network import Segmentor, build_segmentor, load_weights_file
+from sepico.network import Segmentor, build_blank, load_weights_file
 
 STUDENT, TEACHER = "model.", "ema_model."
 
@@ -34,7 +34,7 @@ def read_official(file: BinaryIO, name: str) -> Segmentor:
     """`load_official` of an open file; errors call it `name`."""
     weights = _student_weights(load_weights_file(file, name), name)
     config = _model_config(weights)
-    segmentor = build_segmentor(config)
+    segmentor = build_blank(config)
     ours = segmentor.state_dict()
     names = {_official_name(key, _PREFIXES[config.head]): key for key in ours}
     _check_keys(weights, {theirs: ours[key] for theirs, key in names.items()}, name)

@@ -18,6 +18,21 @@ from sepico.heads.projection import PerLayerProjection, ProjectionHead
 from sepico.mix_transformer import keep_less
 
 
+class _NoInitialisation(TorchFunctionMode):
+    """Weights stay as they lie in memory: drawing them is most of what building a network costs."""
+
+    drawing = ("normal_", "uniform_", "kaiming_uniform_", "erfinv_")
+    scaling = ("mul_", "add_", "clamp_")  # what was drawn; of buffers they make what is used
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        of = args[0] if args else kwargs.get("tensor")
+        if name in self.drawing or (name in self.scaling and isinstance(of, nn.Parameter)):
+            return of
+        return function(*args, **kwargs)
+
+
 class Segmentor(nn.Module):
     """Logits and pixel embeddings of an image from one pass through the encoder.
 
@@ -30,9 +45,12 @@ class Segmentor(nn.Module):
         super().__init__()
         self.num_classes = config.num_classes
         weights = config.encoder_weights if config.encoder_weights == "imagenet" else None
-        self.encoder = smp.encoders.get_encoder(
-            config.encoder, weights=weights, output_stride=config.output_stride
-        )
+        # timm takes weights that lack some, and then says nothing.
+        whole = config.encoder_weights and not config.encoder.startswith("tu-")
+        with _NoInitialisation() if whole else nullcontext():
+            self.encoder = smp.encoders.get_encoder(
+                config.encoder, weights=weights, output_stride=config.output_stride
+            )
         keep_less(self.encoder)
         widths = self.encoder.out_channels[-4:]
         self.head = _decode_head(config, widths)
@@ -103,14 +121,12 @@ def build_segmentor(config: ModelConfig, *, with_projection: bool = True) -> Seg
     return segmentor
 
 
-class _NoInitialisation(TorchFunctionMode):
-    """Weights stay as they lie in memory: drawing them is most of what building a network costs."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__name__", "") in ("normal_", "uniform_", "erfinv_"):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
+def build_blank(config: ModelConfig, *, with_projection: bool = True) -> Segmentor:
+    """`build_segmentor` for weights that are loaded next: before, they are what lay in memory."""
+    with _NoInitialisation():
+        return build_segmentor(
+            replace(config, encoder_weights=None), with_projection=with_projection
+        )
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sepico.config import ModelConfig
-from sepico.network import build_segmentor, check_model
+from sepico.network import build_blank, build_segmentor, check_model
 
 CLASSES, WIDTH = 5, 8
 
@@ -38,17 +38,31 @@ def config(**changes) -> ModelConfig:
 def test_every_kind_of_encoder_feeds_both_heads(encoder):
     images = torch.zeros(2, 3, 64, 96)
     for head, stride in (("daformer", 4), ("deeplabv2", 32)):
-        segmentor = build_segmentor(config(encoder=encoder, head=head)).eval()
+        segmentor = build_blank(config(encoder=encoder, head=head)).eval()
         logits, projections = segmentor(images)
         assert logits.shape == (2, CLASSES, 64 // stride, 96 // stride)
         assert projections.shape == (2, WIDTH, 16, 24)
+
+
+@pytest.mark.parametrize(
+    "encoder", ["resnet18", "mit_b0", "tu-test_resnet", "tu-test_convnext", "tu-pvt_v2_b0"]
+)
+def test_a_network_for_loaded_weights_draws_none_and_is_otherwise_the_same(encoder):
+    donor = build_segmentor(config(encoder=encoder)).eval()
+    state = torch.get_rng_state()
+    blank = build_blank(config(encoder=encoder, encoder_weights="not read")).eval()
+    assert torch.equal(torch.get_rng_state(), state)
+    blank.load_state_dict(donor.state_dict())
+    images = torch.rand(1, 3, 64, 64)
+    for ours, want in zip(blank(images), donor(images), strict=True):
+        assert torch.equal(ours, want)
 
 
 @pytest.mark.parametrize("encoder", ["resnet18", "mit_b0", "tu-resnet18", "tu-test_convnext"])
 @pytest.mark.parametrize("stride", [8, 16])
 def test_output_stride_sets_the_grid_of_the_last_stage(encoder, stride):
     options = {"encoder": encoder, "output_stride": stride, "projection_stages": (3,)}
-    segmentor = build_segmentor(config(head="deeplabv2", **options)).eval()
+    segmentor = build_blank(config(head="deeplabv2", **options)).eval()
     logits, projections = segmentor(torch.zeros(1, 3, 64, 96))
     assert logits.shape[-2:] == projections.shape[-2:] == (64 // stride, 96 // stride)
 
