@@ -49,19 +49,31 @@ def run_module(
 
     `file_bytes` is the largest file it may write, as on a disk that is full.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = fork_context().Process(
-            target=_become, args=(module, arguments, dict(os.environ), outputs, file_bytes)
-        )
-        process.start()
-        process.join(timeout)
-        stdout, stderr = (file.read_text() if file.exists() else "" for file in outputs)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired([module, *arguments], timeout, stdout, stderr)
-    return subprocess.CompletedProcess([module, *arguments], process.exitcode, stdout, stderr)
+    return start_module(module, arguments, timeout=timeout, file_bytes=file_bytes)()
+
+
+def start_module(
+    module: str, arguments: list[str], *, timeout: float = 400, file_bytes: int | None = None
+) -> Callable[[], subprocess.CompletedProcess]:
+    """`run_module` that has begun; calling what it returns waits for the answer."""
+    folder = tempfile.TemporaryDirectory()
+    outputs = [Path(folder.name, name) for name in ("stdout", "stderr")]
+    process = fork_context().Process(
+        target=_become, args=(module, arguments, dict(os.environ), outputs, file_bytes)
+    )
+    process.start()
+
+    def finish() -> subprocess.CompletedProcess:
+        with folder:
+            process.join(timeout)
+            stdout, stderr = (file.read_text() if file.exists() else "" for file in outputs)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                raise subprocess.TimeoutExpired([module, *arguments], timeout, stdout, stderr)
+        return subprocess.CompletedProcess([module, *arguments], process.exitcode, stdout, stderr)
+
+    return finish
 
 
 def _become(
