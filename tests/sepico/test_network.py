@@ -58,6 +58,16 @@ def test_a_network_for_loaded_weights_draws_none_and_is_otherwise_the_same(encod
         assert torch.equal(ours, want)
 
 
+def test_what_a_network_for_loaded_weights_computes_itself_is_computed(monkeypatch):
+    class Scaled(nn.Identity):
+        def __init__(self, *_):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(3).mul_(2).add_(1).clamp_(max=2.5), False)
+
+    monkeypatch.setattr("sepico.network._decode_head", Scaled)
+    assert build_blank(config()).head.scale.tolist() == [2.5, 2.5, 2.5]
+
+
 @pytest.mark.parametrize("encoder", ["resnet18", "mit_b0", "tu-resnet18", "tu-test_convnext"])
 @pytest.mark.parametrize("stride", [8, 16])
 def test_output_stride_sets_the_grid_of_the_last_stage(encoder, stride):
