@@ -1,5 +1,6 @@
 """A group of Ray Train workers: join or start a cluster, find room, launch, wait for the answer."""
 
+import asyncio
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ import ray
 import ray.train
 from ray.autoscaler.sdk import request_resources
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from cluster.config import WorkerRange
@@ -171,13 +173,21 @@ def launch(
 
 class _Trainer(DataParallelTrainer):
     """Leaves interrupts to the job, where Ray's own handler would end it with exit code 0, and
-    starts no actor for Ray Data, which costs seconds a start: data comes by `cluster.loader`."""
+    starts no processes that a start would wait for in vain: none for Ray Data, since data comes by
+    `cluster.loader`, and none for the controller where an actor, a sweep's trial, can be it."""
 
     _controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         return [each for each in callbacks if not isinstance(each, DatasetsCallback)]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
+        if ray.get_runtime_context().get_actor_id() is None:
+            return super()._initialize_and_run_controller(**settings)
+        controller = TrainController(**settings)
+        asyncio.run(controller.run())
+        return controller.get_result()
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller

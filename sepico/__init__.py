@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sepico.lazy_compiler import import_compiler_lazily
+
 if TYPE_CHECKING:
     from sepico.prediction import InferenceConfig, Predictor
+
+import_compiler_lazily()
 
 
 def load(path: str | Path, config: InferenceConfig | None = None) -> Predictor:
