@@ -4,13 +4,17 @@ A sweep is a folder of runs and records (`cluster.sweep_trial`), and these are a
 continued: Tune starts anew, every trial that is asked for again answers from its run.
 
 First a search on one seed: random, a grid, Optuna's TPE, each with ASHA's early stopping, or
-population-based training. Then the best, and the configuration that the sweep began with, are
-trained to the end on every seed, and ranked by the mean.
+population-based training. ASHA judges a trial by those before it; those that all trials together
+show to be among the best go on after all. Then the best, and the configuration that the sweep began
+with, are trained to the end on every seed, and ranked by the mean.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from optuna.logging import WARNING
@@ -23,7 +27,7 @@ from ray.tune.search.optuna import OptunaSearch
 from cluster.storage import open_storage, pyarrow_filesystem
 from cluster.sweep_config import SearchConfig, first_points
 from cluster.sweep_progress import Progress
-from cluster.sweep_records import FAILED, REPLACED, Record, read_records
+from cluster.sweep_records import FAILED, REPLACED, STOPPED, Record, read_records
 from cluster.sweep_space import Point, value_of
 from cluster.sweep_trainables import TrialTrainable, run_member
 from cluster.sweep_trial import Plan
@@ -54,6 +58,33 @@ def search_space(plan: Plan, search: SearchConfig, concurrent: int) -> None:
         trials = [(point, plan.base.seed) for point in first_points(plan, search)]
         progress = Progress(plan, search.algorithm, len(trials), concurrent)
         train_trials(trials, plan, progress, **options)
+    _train_promoted(plan, concurrent)
+
+
+def _train_promoted(plan: Plan, concurrent: int) -> None:
+    """Train on the best of each stop that were stopped there.
+
+    A trial that comes early is compared with few others, and in a grid with its neighbours. With
+    this the best go on whatever the order in which trials came.
+    """
+    for stop, following in pairwise(plan.stops):
+        trials = [
+            (record.point, record.seed)
+            for record in best_at(stop, _trials_of(plan), plan)
+            if record.status == STOPPED and str(following) not in record.measured
+        ]
+        if trials:
+            further = replace(plan, stops=[following])
+            progress = Progress(further, f"on to step {following}", len(trials), concurrent)
+            train_trials(trials, further, progress)
+
+
+def best_at(stop: int, records: list[Record], plan: Plan) -> list[Record]:
+    """Those that may go on of all that were measured at a stop: one in `reduction`, rounded up."""
+    measured = [record for record in records if str(stop) in record.measured]
+    sign = -1 if plan.mode == "max" else 1
+    measured.sort(key=lambda record: sign * record.measured[str(stop)][plan.objective])
+    return measured[: math.ceil(len(measured) / plan.reduction)]
 
 
 def train_trials(

@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from cluster.storage import open_storage
 from cluster.sweep import sweep
 from cluster.sweep_config import SweepConfig
 from cluster.sweep_records import read_records
+from cluster.sweep_search import best_at
 from cluster.sweep_trial import Plan
 from cluster.training import Pauses
 from jobs.command_line import parse
@@ -134,6 +136,16 @@ def test_the_worse_are_stopped_and_the_best_are_ranked_by_the_mean_over_seeds(sw
     )
     assert best.point == nearest.point
     assert ranking.default.complete, "the sweep's own configuration is not there to compare with"
+
+
+def test_the_best_of_a_rung_go_on_however_few_came_before_them(swept):
+    ranking, _ = swept
+    plan = ranking.plan
+    trials = [r for r in ranking.records if r.is_trial and r.seed == plan.base.seed]
+    for stop, following in pairwise(plan.stops):
+        best = best_at(stop, trials, plan)
+        assert len(best) > 1
+        assert all(str(following) in record.measured for record in best)
 
 
 def test_a_trial_that_fails_is_recorded_with_its_reason_and_ends_nothing_else(swept):
