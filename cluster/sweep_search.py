@@ -71,7 +71,7 @@ def _train_promoted(plan: Plan, concurrent: int) -> None:
         trials = [
             (record.point, record.seed)
             for record in best_at(stop, _trials_of(plan), plan)
-            if record.status == STOPPED and str(following) not in record.measured
+            if record.status == STOPPED and max(map(int, record.measured)) < following
         ]
         if trials:
             further = replace(plan, stops=[following])
