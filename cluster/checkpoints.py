@@ -19,14 +19,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cluster.checkpoint_format import (
-    FILE_OF,
     MANIFEST,
     Checkpoint,
     delete_checkpoint,
     list_checkpoints,
-    read_buffers,
-    read_runs,
 )
+from cluster.checkpoint_weights import FILE_OF, read_buffers, read_runs
 from cluster.engine import Engine
 from cluster.lease import Lease
 from cluster.loss_scale import LossScale

@@ -5,8 +5,7 @@ from typing import Literal
 
 from cluster.data import DataConfig
 from cluster.storage import StorageConfig
-from sepico.config import MethodConfig
-from sepico.normalization import BatchNormMode
+from sepico.config import BatchNormMode, MethodConfig
 
 
 @dataclass

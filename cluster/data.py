@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from cluster.manifest import Manifest
-from cluster.reader import ShardReader, open_reader
+from cluster.manifest import Manifest, read_manifest
 from cluster.storage import StorageConfig, open_storage
 from sepico.taxonomies import CITYSCAPES_19
 
@@ -73,26 +71,29 @@ def check_data(
     With `day_night` the classes must be those that its fusion knows, and the target's first
     sample must have a reference image. Raises ValueError in one line.
     """
-    for url in filter(None, (data.source, data.target)):
-        open_storage(url, storage).check()
-    source = open_data("source", data.source, storage).manifest
-    reader = open_data("target", data.target, storage, references=day_night)
-    check_manifests(data, source, reader.manifest, global_batch)
+    source, target = (_checked_manifest(url, storage) for url in (data.source, data.target))
+    check_manifests(data, source, target, global_batch)
     if day_night:
         if source.taxonomy.names != CITYSCAPES_19.names:
             raise ValueError(
                 f"teacher.day_night needs the 19 classes of Cityscapes, {source.url} has others: "
                 "ingest it with --classes cityscapes19 or set teacher.day_night to false"
             )
-        reader.read(0)
+        _check_reference(data.target, storage)
     return source
 
 
-def open_data(name: str, url: str, config: StorageConfig, **options: Any) -> ShardReader:
-    """Open `data.NAME`; options as of `open_reader`. Raises ValueError in one line."""
-    if not url:
-        raise ValueError(f"data.{name} is not set: give the URL that `python -m jobs.ingest` wrote")
-    return open_reader(url, config, **options)
+def _checked_manifest(url: str, storage: StorageConfig) -> Manifest:
+    store = open_storage(url, storage)
+    store.check()
+    return read_manifest(store)
+
+
+def _check_reference(url: str, storage: StorageConfig) -> None:
+    """Raise what reading the first sample with its reference does."""
+    from cluster.reader import open_reader  # with torch, which else the check does not need
+
+    open_reader(url, storage, references=True).read(0)
 
 
 def check_manifests(

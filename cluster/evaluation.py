@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import xxhash
 
-from cluster.checkpoint_format import Checkpoint, list_checkpoints, read_weights
+from cluster.checkpoint_format import Checkpoint, list_checkpoints
+from cluster.checkpoint_weights import read_weights
 from cluster.config import WorkerRange
 from cluster.manifest import read_manifest
 from cluster.run_config import load_config

@@ -6,7 +6,8 @@ from typing import Literal
 
 from safetensors.torch import save
 
-from cluster.checkpoint_format import Checkpoint, list_checkpoints, read_weights
+from cluster.checkpoint_format import Checkpoint, list_checkpoints
+from cluster.checkpoint_weights import read_weights
 from cluster.manifest import read_manifest
 from cluster.run_config import load_config
 from cluster.storage import StorageConfig, StorageError, open_storage

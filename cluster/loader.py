@@ -16,11 +16,11 @@ import torch
 
 from cluster.cache import ShardCache
 from cluster.crops import maybe_flip, rare_class_crop
-from cluster.data import DataConfig, check_manifests, open_data
+from cluster.data import DataConfig, check_manifests
 from cluster.prefetch import Prefetcher, Work
 from cluster.ranges import ReadCounters
 from cluster.read_metrics import ReadMetrics
-from cluster.reader import Sample, ShardReader
+from cluster.reader import Sample, ShardReader, open_reader
 from cluster.sampling import Draw, Sampler
 from cluster.storage import StorageConfig
 from sepico.batch import StepBatch
@@ -91,8 +91,8 @@ class TrainLoader:
         counters = ReadCounters()
         self._cache = ShardCache(data.cache, data.cache_bytes) if data.cache else None
         options = {"cache": self._cache, "counters": counters}
-        self._source = open_data("source", data.source, storage, **options)
-        self._target = open_data("target", data.target, storage, references=references, **options)
+        self._source = open_reader(data.source, storage, **options)
+        self._target = open_reader(data.target, storage, references=references, **options)
         self.source, self.target = self._source.manifest, self._target.manifest
         check_manifests(data, self.source, self.target, global_batch)
         self._data = data

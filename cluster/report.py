@@ -20,9 +20,8 @@ from cluster.checkpoint_format import list_checkpoints
 from cluster.environment import ENVIRONMENT
 from cluster.evaluation import load_network
 from cluster.reader import ShardReader, open_reader
-from cluster.run_config import load_config
+from cluster.run_config import METRICS, load_config
 from cluster.storage import Storage, StorageConfig, StorageError, absolute_url, open_storage
-from cluster.telemetry import METRICS
 from cluster.training import run_url
 from sepico.embedding import draw_pixels, flatten_features, pixel_features
 from sepico.network import Segmentor

@@ -18,7 +18,7 @@ from cluster.config import TrainConfig
 from cluster.manifest import read_manifest
 from cluster.storage import Storage, StorageError, open_storage
 
-CONFIG = "config.json"
+CONFIG, METRICS = "config.json", "metrics.jsonl"
 CHANGEABLE = {
     "run", "runs", "workers", "cpus_per_worker", "placement_timeout", "max_failures",
     "hang_timeout", "log_every", "checkpoint_every", "keep_last", "keep_best", "fall_back",

@@ -8,7 +8,7 @@ from cluster.manifest import read_manifest
 from cluster.storage import open_storage
 from cluster.sweep_space import Point, Space, parse_space, with_values
 from cluster.sweep_trial import Plan
-from cluster.training import resolve
+from cluster.training import check_network, resolve
 from sepico.schedule import contrast_start_step
 
 MEASURES = ("miou", "confidence", "entropy", "information")
@@ -94,8 +94,13 @@ def make_plan(base: TrainConfig, search: SearchConfig, text: str) -> Plan:
         reduction=search.reduction,
         warm_up=_widest(base, space) if search.share_warm_up else None,
     )
+    checked = []  # networks, which are few
     for point in first_points(plan, search) or space.sample(CHECKED_POINTS, base.seed, base):
-        with_values(base, point)
+        config = with_values(base, point)
+        network = config.model, config.data.crop_height, config.data.crop_width
+        if network not in checked:
+            check_network(config)
+            checked.append(network)
     return plan
 
 

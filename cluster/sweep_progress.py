@@ -11,10 +11,14 @@ from cluster.storage import open_storage
 from cluster.sweep_records import FAILED, STOPPED, Record, finish_record, read_record
 from cluster.sweep_space import Point
 from cluster.sweep_trial import Plan
+from cluster.trial_groups import remove_lost_groups
+
+LOOK_S = 2
 
 
 class Progress(tune.Callback):
-    """Tune's callback, in the sweep's driver: prints, and notes how trials end."""
+    """Tune's callback, in the sweep's driver: prints, notes how trials end, and frees the cores
+    of trials whose own driver is lost."""
 
     def __init__(self, plan: Plan, title: str, total: int, concurrent: int) -> None:
         self.concurrent = concurrent
@@ -23,6 +27,7 @@ class Progress(tune.Callback):
         self._names: dict[str, str] = {}  # of trials, by Tune's id
         self._ended: set[str] = set()
         self._best: Record | None = None
+        self._looked = self._began
 
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
@@ -37,6 +42,14 @@ class Progress(tune.Callback):
         if record.status == FAILED:
             shown = f"failed: {record.reason}"
         self._print(f"{record.name} {shown}")
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        if time.monotonic() - self._looked > LOOK_S:
+            remove_lost_groups()
+            self._looked = time.monotonic()
+
+    def on_experiment_end(self, trials: list, **info: Any) -> None:
+        remove_lost_groups()
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._end(trial, STOPPED, "not among the best at this rung")

@@ -9,7 +9,6 @@ show to be among the best go on after all. Then the best, and the configuration 
 with, are trained to the end on every seed, and ranked by the mean.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -80,11 +79,12 @@ def _train_promoted(plan: Plan, concurrent: int) -> None:
 
 
 def best_at(stop: int, records: list[Record], plan: Plan) -> list[Record]:
-    """Those that may go on of all that were measured at a stop: one in `reduction`, rounded up."""
+    """Those that may go on of all that were measured at a stop: one in `reduction`, at least one
+    (successive halving, Jamieson and Talwalkar, 2016)."""
     measured = [record for record in records if str(stop) in record.measured]
     sign = -1 if plan.mode == "max" else 1
     measured.sort(key=lambda record: sign * record.measured[str(stop)][plan.objective])
-    return measured[: math.ceil(len(measured) / plan.reduction)]
+    return measured[: max(1, len(measured) // plan.reduction)]
 
 
 def train_trials(

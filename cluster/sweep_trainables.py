@@ -43,7 +43,14 @@ class TrialTrainable(tune.Trainable):
         if self._trial is None:
             drawn = plan.space.cut(self._parameters, plan.base), plan.base.seed
             self._trial = Trial(plan, *self._parameters.get("trial", drawn))
-            self._left = list(enumerate(plan.stops))
+            measured = self._trial.record.measured
+            reached = max(map(int, measured), default=0)
+            # One that was trained to the end from an early rung has no answer for those between.
+            self._left = [
+                (i, stop)
+                for i, stop in enumerate(plan.stops)
+                if stop > reached or str(stop) in measured
+            ]
             self._was_stopped = self._trial.record.status == STOPPED
         i, stop = self._left.pop(0)
         metrics = self._trial.train_to(stop, plan.stops)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from cluster.checkpoint_format import list_checkpoints
 from cluster.config import TrainConfig, ValidationConfig
 from cluster.pausing import PausingTraining
-from cluster.run_config import FORKABLE, prefix_digest
+from cluster.run_config import FORKABLE, METRICS, prefix_digest
 from cluster.storage import MissingObjectError, open_storage
 from cluster.sweep_records import (
     FAILED,
@@ -29,7 +29,6 @@ from cluster.sweep_records import (
     trial_name,
 )
 from cluster.sweep_space import Point, Space, with_values
-from cluster.telemetry import METRICS
 from sepico.schedule import contrast_start_step
 
 

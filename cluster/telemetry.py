@@ -11,9 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.io import decode_image
 
 from cluster.prometheus import RunGauges
+from cluster.run_config import METRICS
 from cluster.storage import Storage
-
-METRICS = "metrics.jsonl"
 
 
 class RunLog:

@@ -19,7 +19,6 @@ from cluster.progress import ProgressDisplay, start_progress
 from cluster.run_config import CONFIG, check_continuation, check_fork, described
 from cluster.storage import absolute_url, open_storage
 from cluster.workers import connect_ray, launch, place, use_gpu
-from sepico.network import check_model
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ def train(
     check_continuation(run, wanted)
     if config.fork and not list_checkpoints(run):
         check_fork(config, wanted)
-    check_model(config.model, (config.data.crop_height, config.data.crop_width))
+    if pauses is None:  # else its caller, who trains many, has done it
+        check_network(config)
     connect_ray()
     if config.engine.precision == "fp16" and not use_gpu():
         raise ValueError("engine.precision fp16 needs GPUs: take bf16 or fp32")
@@ -73,6 +73,13 @@ def train(
         raise WorkError(f"run {config.run}: {metrics.reason}")
     log_event("info", "finished", {"run": config.run, **metrics})
     return {**metrics, "run": config.run}
+
+
+def check_network(config: TrainConfig) -> None:
+    """Raise what building the network, and training it on crops, would. ValueError in one line."""
+    from sepico.network import check_model  # with torch: seconds and 300 MB for a trial's driver
+
+    check_model(config.model, (config.data.crop_height, config.data.crop_width))
 
 
 def _train(

@@ -1,6 +1,5 @@
 """A group of Ray Train workers: join or start a cluster, find room, launch, wait for the answer."""
 
-import asyncio
 import logging
 import os
 import signal
@@ -14,8 +13,13 @@ from typing import Any
 import ray
 import ray.train
 from ray.autoscaler.sdk import request_resources
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.callbacks.placement_group_callback import (
+    PlacementGroupCleanerCallback,
+)
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from cluster.config import WorkerRange
@@ -23,7 +27,12 @@ from cluster.errors import WorkError
 from cluster.events import EVENTS
 from cluster.process_group import ProcessGroup
 from cluster.storage import StorageConfig, pyarrow_filesystem
+from cluster.trial_groups import run_in_actor
 
+# Each starts a process, seconds of a start: for Ray Data, while ours come by `cluster.loader`, and
+# to remove what a lost controller leaves, by asking a dashboard that is not everywhere. A job's
+# placement group ends with the job, and see `cluster.trial_groups`.
+UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)
 CONNECT_TIMEOUT_S = 5
 ABORT_TIMEOUT_S = 15
 
@@ -76,6 +85,8 @@ def place(workers: int, cpus: int = 0, timeout: float = 0) -> int:
     `cpus` 0 takes the largest number that fits. Waits up to `timeout` seconds for a cluster that
     grows, then raises ValueError that says what was asked and what is there.
     """
+    # An actor that the first group of a cluster asks for room: its process starts meanwhile.
+    get_or_create_autoscaling_coordinator()
     deadline = time.monotonic() + timeout
     if timeout:  # an autoscaler grows for what is asked for, not for who waits
         bundle = {"CPU": cpus or 1, **({"GPU": 1} if use_gpu() else {})}
@@ -173,21 +184,19 @@ def launch(
 
 class _Trainer(DataParallelTrainer):
     """Leaves interrupts to the job, where Ray's own handler would end it with exit code 0, and
-    starts no processes that a start would wait for in vain: none for Ray Data, since data comes by
-    `cluster.loader`, and none for the controller where an actor, a sweep's trial, can be it."""
+    starts no process that is not needed: where an actor, a sweep's trial, calls `fit`, that is the
+    controller."""
 
     _controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [each for each in callbacks if not isinstance(each, DatasetsCallback)]
+        return [each for each in callbacks if not isinstance(each, UNUSED_CALLBACKS)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
         if ray.get_runtime_context().get_actor_id() is None:
             return super()._initialize_and_run_controller(**settings)
-        controller = TrainController(**settings)
-        asyncio.run(controller.run())
-        return controller.get_result()
+        return run_in_actor(**settings)
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller

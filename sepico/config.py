@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Method = Literal["distcl", "bankcl", "protocl", "source_only"]
+BatchNormMode = Literal["sync", "frozen", "local"]
 
 
 @dataclass

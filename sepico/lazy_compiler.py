@@ -7,11 +7,13 @@ compiles. Who does, `torch.compile` for one, gets the compiler itself.
 
 import importlib
 import sys
+import threading
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 NAME = "torch._dynamo"
+_lock = threading.Lock()
 
 
 class _Lazy(ModuleType):
@@ -20,9 +22,10 @@ class _Lazy(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and (name != "__path__" or self.__name__ != NAME):
             raise AttributeError(name)
-        for module in (NAME, f"{NAME}.utils"):
-            if isinstance(sys.modules.get(module), _Lazy):
-                del sys.modules[module]
+        with _lock:  # two threads may ask at once
+            for module in (NAME, f"{NAME}.utils"):
+                if isinstance(sys.modules.get(module), _Lazy):
+                    del sys.modules[module]
         return getattr(importlib.import_module(self.__name__), name)
 
 
@@ -40,7 +43,5 @@ def import_compiler_lazily() -> None:
     compiler.graph_break = lambda *_, **__: None
     # A new process group clears this cache, which is empty as long as nothing is compiled.
     compiler.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
-    utils.is_compile_supported = lambda device: _Lazy.__getattr__(utils, "is_compile_supported")(
-        device
-    )
+    utils.is_compile_supported = lambda device: utils.__getattr__("is_compile_supported")(device)
     sys.modules |= {NAME: compiler, utils.__name__: utils}

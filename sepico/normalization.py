@@ -4,16 +4,13 @@
 keeps layers that fuse an activation into their batch-norm (timm's `BatchNormAct2d`) as they are.
 """
 
-from typing import Literal
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sepico.config import BatchNormMode
 from sepico.rank_sum import RankSum
-
-BatchNormMode = Literal["sync", "frozen", "local"]
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
@@ -40,18 +37,19 @@ class _GlobalBatchNorm(torch.autograd.Function):
     def backward(ctx, grad, *_):
         x, weight, mean, variance = ctx.saved_tensors
         inverse_std = torch.rsqrt(variance + ctx.eps)
-        dx, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, mean, inverse_std, False, ctx.eps, [True] * 3
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, variance, mean, inverse_std, False, ctx.eps, [False, True, True]
         )
         means = ctx.sum_over_ranks(torch.cat([grad_bias, grad_weight]).double())
         mean_grad, mean_grad_xhat = (means / ctx.total).to(weight.dtype).chunk(2)
-        # dx = w/std (dy - mean(dy) - xhat mean(dy xhat)); the op above gave the first term, the
-        # other two are one affine map of x a channel.
-        slope = weight * inverse_std**2 * mean_grad_xhat
-        offset = weight * inverse_std * mean_grad - slope * mean
-        shape = (1, -1, 1, 1)
-        dx = dx.sub_(torch.addcmul(offset.view(shape), x.float(), slope.view(shape)).to(dx.dtype))
-        return dx, grad_weight, grad_bias, None, None
+        # dx = w/std (dy - mean(dy) - xhat mean(dy xhat)) is dy times a factor a channel plus an
+        # affine map of x, which is what batch-norm with given statistics does in one pass.
+        factor = weight * inverse_std
+        slope = -factor * inverse_std * mean_grad_xhat
+        offset = -factor * mean_grad - slope * mean
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        dx = F.batch_norm(x, zero, one, slope, offset, False, 0.0, 0.0)
+        return dx.addcmul_(grad, factor.view(1, -1, 1, 1)), grad_weight, grad_bias, None, None
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,16 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.checkpoint_format import (
-    FILE_OF,
-    MANIFEST,
-    Checkpoint,
-    check_newest,
-    list_checkpoints,
-    read_buffers,
-    read_runs,
-    read_weights,
-)
+from cluster.checkpoint_format import MANIFEST, Checkpoint, check_newest, list_checkpoints
+from cluster.checkpoint_weights import FILE_OF, read_buffers, read_runs, read_weights
 from tests.cluster.checkpoint_ranks import STEPS, run_rank, storage
 from tests.cluster.engine_ranks import plain_pytorch
 from tests.cluster.test_engine import distance

@@ -255,6 +255,7 @@ def test_the_run_of_a_member_that_took_over_another_is_noted_as_replaced(fast, d
         ({"search.algorithm": "grid"}, SPACE, ["contrast.temperature is loguniform", "choice"]),
         ({}, "contrast.temperature: {uniform: [0, 1]}", ["contrast.temperature can be 0"]),
         ({}, "contrast.temprature: {uniform: [1, 2]}", ["temprature", "did you mean"]),
+        ({}, "model.encoder: {choice: [tu-test_efficientnet, resnet9000]}", ["'resnet9000'"]),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_trial_starts(

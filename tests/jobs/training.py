@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from cluster.checkpoint_format import list_checkpoints, read_buffers, read_weights
+from cluster.checkpoint_format import list_checkpoints
+from cluster.checkpoint_weights import read_buffers, read_weights
 from cluster.storage import Storage, StorageConfig, open_storage
 from tests.processes import run_module
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.checkpoint_format import list_checkpoints, read_weights
+from cluster.checkpoint_format import list_checkpoints
+from cluster.checkpoint_weights import read_weights
 from cluster.storage import Storage, StorageConfig, open_storage
 from jobs.k8s import TrainJob, build
 from tests.jobs.training import TINY
