@@ -14,6 +14,7 @@ RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 WARM_UP = "warm-up"
 REPLACED = "replaced"  # a member of a population that took over another's state
 RECORDS = "records"
+OWN = "default"  # name of the trial of the configuration that a sweep begins with
 
 
 @dataclass
@@ -69,4 +70,4 @@ def finish_record(sweep: Storage, name: str, status: str, reason: str) -> None:
 
 def trial_name(point: Point, seed: int, fork: str = "") -> str:
     digest = xxhash.xxh3_64_hexdigest(json.dumps([point, fork], sort_keys=True).encode())
-    return f"{digest[:8] if point or fork else 'default'}-seed{seed}"
+    return f"{digest[:8] if point or fork else OWN}-seed{seed}"

@@ -26,7 +26,7 @@ from ray.tune.search.optuna import OptunaSearch
 from cluster.storage import open_storage, pyarrow_filesystem
 from cluster.sweep_config import SearchConfig, first_points
 from cluster.sweep_progress import Progress
-from cluster.sweep_records import FAILED, REPLACED, STOPPED, Record, read_records
+from cluster.sweep_records import FAILED, OWN, REPLACED, STOPPED, Record, read_records
 from cluster.sweep_space import Point, value_of
 from cluster.sweep_trainables import TrialTrainable, run_member
 from cluster.sweep_trial import Plan
@@ -45,7 +45,7 @@ def search_space(plan: Plan, search: SearchConfig, concurrent: int) -> None:
         return
     options: dict[str, Any] = {}
     if len(plan.stops) > 1:
-        options["scheduler"] = AsyncHyperBandScheduler(
+        options["scheduler"] = _EarlyStopping(
             time_attr="budget",
             grace_period=1,
             max_t=search.reduction ** (len(plan.stops) - 1),
@@ -85,6 +85,14 @@ def best_at(stop: int, records: list[Record], plan: Plan) -> list[Record]:
     sign = -1 if plan.mode == "max" else 1
     measured.sort(key=lambda record: sign * record.measured[str(stop)][plan.objective])
     return measured[: max(1, len(measured) // plan.reduction)]
+
+
+class _EarlyStopping(AsyncHyperBandScheduler):
+    """ASHA, but the sweep's own configuration goes on: it is trained to the end in any case."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        return self.CONTINUE if result["name"].startswith(OWN) else decision
 
 
 def train_trials(

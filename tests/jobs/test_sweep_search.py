@@ -8,7 +8,6 @@ import json
 import math
 from collections import Counter
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ from cluster.storage import open_storage
 from cluster.sweep import sweep
 from cluster.sweep_config import SweepConfig
 from cluster.sweep_records import read_records
-from cluster.sweep_search import best_at
 from cluster.sweep_trial import Plan
 from cluster.training import Pauses
 from jobs.command_line import parse
@@ -138,16 +136,6 @@ def test_the_worse_are_stopped_and_the_best_are_ranked_by_the_mean_over_seeds(sw
     assert ranking.default.complete, "the sweep's own configuration is not there to compare with"
 
 
-def test_the_best_of_a_rung_go_on_however_few_came_before_them(swept):
-    ranking, _ = swept
-    plan = ranking.plan
-    trials = [r for r in ranking.records if r.is_trial and r.seed == plan.base.seed]
-    for stop, following in pairwise(plan.stops):
-        best = best_at(stop, trials, plan)
-        assert len(best) > 1
-        assert all(str(following) in record.measured for record in best)
-
-
 def test_a_trial_that_fails_is_recorded_with_its_reason_and_ends_nothing_else(swept):
     ranking, _ = swept
     failed = [record for record in ranking.records if record.status == "failed"]
@@ -185,6 +173,19 @@ def test_a_continued_sweep_trains_only_what_is_missing(swept, data, tmp_path):
     assert trained_steps(folder) == before
     with pytest.raises(ValueError, match="another space"):
         sweep(resumed, SPACE.replace("300", "200"))
+
+
+def test_the_best_of_a_rung_go_on_whenever_they_come(fast, data, tmp_path):
+    """The best come first, so that ASHA, which knows nothing else yet, stops one of them."""
+    changed = {"search.algorithm": "grid", "search.seeds": "[]", "search.concurrent": "1"}
+    space = "contrast.temperature: {choice: [2.9, 2.8, 0.5, 110.0, 120.0]}"
+    ranking = sweep(configure(data, tmp_path, **changed), space)
+    both = {str(stop) for stop in ranking.plan.stops}
+    trials = [record for record in ranking.records if record.is_trial]
+    measured = {r.point.get("contrast.temperature"): r.measured.keys() for r in trials}
+    assert measured[2.9] == measured[2.8] == both
+    assert measured[None] == both, "the sweep's own configuration was stopped"
+    assert len(measured[110.0]) == len(measured[120.0]) == 1
 
 
 @pytest.mark.slow
