@@ -71,7 +71,8 @@ def check_data(
     With `day_night` the classes must be those that its fusion knows, and the target's first
     sample must have a reference image. Raises ValueError in one line.
     """
-    source, target = (_checked_manifest(url, storage) for url in (data.source, data.target))
+    source = _checked_manifest("source", data.source, storage)
+    target = _checked_manifest("target", data.target, storage)
     check_manifests(data, source, target, global_batch)
     if day_night:
         if source.taxonomy.names != CITYSCAPES_19.names:
@@ -83,7 +84,9 @@ def check_data(
     return source
 
 
-def _checked_manifest(url: str, storage: StorageConfig) -> Manifest:
+def _checked_manifest(name: str, url: str, storage: StorageConfig) -> Manifest:
+    if not url:
+        raise ValueError(f"data.{name} is not set: give the URL that `python -m jobs.ingest` wrote")
     store = open_storage(url, storage)
     store.check()
     return read_manifest(store)

@@ -94,8 +94,9 @@ def make_plan(base: TrainConfig, search: SearchConfig, text: str) -> Plan:
         reduction=search.reduction,
         warm_up=_widest(base, space) if search.share_warm_up else None,
     )
-    checked = []  # networks, which are few
-    for point in first_points(plan, search) or space.sample(CHECKED_POINTS, base.seed, base):
+    checked = []
+    points = first_points(plan, search) or space.sample(CHECKED_POINTS, base.seed, base)
+    for point in [{}, *points]:
         config = with_values(base, point)
         network = config.model, config.data.crop_height, config.data.crop_width
         if network not in checked:

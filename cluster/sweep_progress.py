@@ -3,8 +3,10 @@
 import math
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
+import ray
 from ray import tune
 
 from cluster.storage import open_storage
@@ -45,11 +47,9 @@ class Progress(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         if time.monotonic() - self._looked > LOOK_S:
-            remove_lost_groups()
+            with suppress(RuntimeError, ray.exceptions.RayError):  # the next look repeats it
+                remove_lost_groups()
             self._looked = time.monotonic()
-
-    def on_experiment_end(self, trials: list, **info: Any) -> None:
-        remove_lost_groups()
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._end(trial, STOPPED, "not among the best at this rung")

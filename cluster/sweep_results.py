@@ -92,7 +92,7 @@ def rank(records: list[Record], plan: Plan, seeds: list[int]) -> Ranking:
 
     def order(entry: Entry) -> tuple:
         if entry.complete:
-            return (False, _least_first(entry.mean, plan.mode))
+            return (False, least_first(entry.mean, plan.mode))
         return (True, *min(_order(record, plan) for record in entry.records.values()))
 
     entries.sort(key=order)
@@ -106,10 +106,11 @@ def rank(records: list[Record], plan: Plan, seeds: list[int]) -> Ranking:
 
 def _order(record: Record, plan: Plan) -> tuple[float, float]:
     reached = max(map(int, record.measured), default=0)
-    return -reached, _least_first(record.last(plan.objective), plan.mode)
+    return -reached, least_first(record.last(plan.objective), plan.mode)
 
 
-def _least_first(value: float, mode: str) -> float:
+def least_first(value: float, mode: str) -> float:
+    """A key that sorts the best value first, NaN last."""
     if math.isnan(value):
         return math.inf
     return value if mode == "min" else -value

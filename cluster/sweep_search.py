@@ -27,6 +27,7 @@ from cluster.storage import open_storage, pyarrow_filesystem
 from cluster.sweep_config import SearchConfig, first_points
 from cluster.sweep_progress import Progress
 from cluster.sweep_records import FAILED, OWN, REPLACED, STOPPED, Record, read_records
+from cluster.sweep_results import least_first
 from cluster.sweep_space import Point, value_of
 from cluster.sweep_trainables import TrialTrainable, run_member
 from cluster.sweep_trial import Plan
@@ -82,8 +83,7 @@ def best_at(stop: int, records: list[Record], plan: Plan) -> list[Record]:
     """Those that may go on of all that were measured at a stop: one in `reduction`, at least one
     (successive halving, Jamieson and Talwalkar, 2016)."""
     measured = [record for record in records if str(stop) in record.measured]
-    sign = -1 if plan.mode == "max" else 1
-    measured.sort(key=lambda record: sign * record.measured[str(stop)][plan.objective])
+    measured.sort(key=lambda r: least_first(r.measured[str(stop)][plan.objective], plan.mode))
     return measured[: max(1, len(measured) // plan.reduction)]
 
 

@@ -55,7 +55,7 @@ def train(
     check_continuation(run, wanted)
     if config.fork and not list_checkpoints(run):
         check_fork(config, wanted)
-    if pauses is None:  # else its caller, who trains many, has done it
+    if pauses is None:  # a search has checked its networks before its first trial
         check_network(config)
     connect_ray()
     if config.engine.precision == "fp16" and not use_gpu():

@@ -21,14 +21,16 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-NOTES = "placement-group-of/"  # and an actor's id
+NOTES = "placement-groups-of/"  # an actor's id and the group's
 
 
 class _NotedGroup(WorkerGroup):
     def _create_placement_group(self, *arguments: Any) -> Any:
         handle = super()._create_placement_group(*arguments)
+        group = handle.placement_group.id
         owner = ray.get_runtime_context().get_actor_id()
-        _internal_kv_put(NOTES + owner, handle.placement_group.id.binary())
+        # For a moment a driver has two: its last trial's, which ends, and the next one's.
+        _internal_kv_put(f"{NOTES}{owner}/{group.hex()}", group.binary())
         return handle
 
 
@@ -46,7 +48,8 @@ def run_in_actor(**settings: Any) -> ray.train.Result:
 def remove_lost_groups() -> None:
     """Remove the placement groups of actors that are dead, and their workers with them."""
     for key in _internal_kv_list(NOTES):
-        if actors(key.decode().removeprefix(NOTES)).get("State") != "DEAD":
+        owner = key.decode().removeprefix(NOTES).partition("/")[0]
+        if actors(owner).get("State", "DEAD") != "DEAD":
             continue
         if noted := _internal_kv_get(key):  # another sweep of the cluster may have been first
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(noted)))

@@ -31,7 +31,7 @@ from cluster.trial_groups import run_in_actor
 
 # Each starts a process, seconds of a start: for Ray Data, while ours come by `cluster.loader`, and
 # to remove what a lost controller leaves, by asking a dashboard that is not everywhere. A job's
-# placement group ends with the job, and see `cluster.trial_groups`.
+# placement group ends with the job, an actor's too if it is no trial (`cluster.trial_groups`).
 UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)
 CONNECT_TIMEOUT_S = 5
 ABORT_TIMEOUT_S = 15

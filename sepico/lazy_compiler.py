@@ -9,6 +9,7 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -30,8 +31,12 @@ class _Lazy(ModuleType):
 
 
 def _disable(function: Callable | None = None, *_: Any, **__: Any) -> Callable:
-    """Mark a function as not to be compiled: `torch._dynamo.disable` where nothing is."""
-    return function if function is not None else lambda function: function
+    """Mark a function as not to be compiled, as the compiler itself reads it later."""
+    if function is None:
+        return _disable
+    with suppress(AttributeError):  # of a builtin
+        function._torchdynamo_disable = True
+    return function
 
 
 def import_compiler_lazily() -> None:
