@@ -11,6 +11,7 @@ with, are trained to the end on every seed, and ranked by the mean.
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -46,12 +47,7 @@ def search_space(plan: Plan, search: SearchConfig, concurrent: int) -> None:
         return
     options: dict[str, Any] = {}
     if len(plan.stops) > 1:
-        options["scheduler"] = _EarlyStopping(
-            time_attr="budget",
-            grace_period=1,
-            max_t=search.reduction ** (len(plan.stops) - 1),
-            reduction_factor=search.reduction,
-        )
+        options["scheduler"] = _EarlyStopping(search.reduction, len(plan.stops))
     if search.algorithm == "tpe":
         _train_drawn(plan, search, concurrent, options)
     else:
@@ -68,9 +64,10 @@ def _train_promoted(plan: Plan, concurrent: int) -> None:
     this the best go on whatever the order in which trials came.
     """
     for stop, following in pairwise(plan.stops):
+        compared = [record for record in _trials_of(plan) if not record.name.startswith(OWN)]
         trials = [
             (record.point, record.seed)
-            for record in best_at(stop, _trials_of(plan), plan)
+            for record in best_at(stop, compared, plan)
             if record.status == STOPPED and max(map(int, record.measured)) < following
         ]
         if trials:
@@ -88,11 +85,26 @@ def best_at(stop: int, records: list[Record], plan: Plan) -> list[Record]:
 
 
 class _EarlyStopping(AsyncHyperBandScheduler):
-    """ASHA, but the sweep's own configuration goes on: it is trained to the end in any case."""
+    """ASHA that lets no trial pass a rung for want of others there, as Ray's does: if those that
+    come first are among the best, `_train_promoted` goes on with them. The sweep's own
+    configuration is not compared: it is trained to the end in any case."""
+
+    def __init__(self, reduction: int, stops: int) -> None:
+        super().__init__(
+            time_attr="budget",
+            grace_period=1,
+            max_t=reduction ** (stops - 1),
+            reduction_factor=reduction,
+        )
+        self._reduction = reduction
+        self._measured = Counter[int]()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result["name"].startswith(OWN):
+            return self.CONTINUE
+        self._measured[result["budget"]] += 1
         decision = super().on_trial_result(tune_controller, trial, result)
-        return self.CONTINUE if result["name"].startswith(OWN) else decision
+        return decision if self._measured[result["budget"]] >= self._reduction else self.STOP
 
 
 def train_trials(

@@ -176,16 +176,22 @@ def test_a_continued_sweep_trains_only_what_is_missing(swept, data, tmp_path):
 
 
 def test_the_best_of_a_rung_go_on_whenever_they_come(fast, data, tmp_path):
-    """The best come first, so that ASHA, which knows nothing else yet, stops one of them."""
-    changed = {"search.algorithm": "grid", "search.seeds": "[]", "search.concurrent": "1"}
-    space = "contrast.temperature: {choice: [2.9, 2.8, 0.5, 110.0, 120.0]}"
+    """First the worst, which no other is there to beat; then one of the best, that ASHA stops since
+    it is one of two."""
+    changed = {
+        "search.algorithm": "grid",
+        "search.reduction": "3",
+        "search.seeds": "[]",
+        "search.concurrent": "1",
+    }
+    space = "contrast.temperature: {choice: [120.0, 2.9, 2.8, 110.0, 0.5, 100.0, 90.0]}"
     ranking = sweep(configure(data, tmp_path, **changed), space)
     both = {str(stop) for stop in ranking.plan.stops}
     trials = [record for record in ranking.records if record.is_trial]
     measured = {r.point.get("contrast.temperature"): r.measured.keys() for r in trials}
     assert measured[2.9] == measured[2.8] == both
     assert measured[None] == both, "the sweep's own configuration was stopped"
-    assert len(measured[110.0]) == len(measured[120.0]) == 1
+    assert all(len(measured[worse]) == 1 for worse in (120.0, 110.0, 100.0, 90.0))
 
 
 @pytest.mark.slow
