@@ -63,7 +63,7 @@ class RunLog:
     def sync(self) -> None:
         """Upload metrics and events as they are now."""
         self._writer.flush()
-        self._storage.put(METRICS, ("\n".join(self._lines) + "\n").encode())
+        self._storage.put(METRICS, "".join(f"{line}\n" for line in self._lines).encode())
         for events in Path(self._folder.name).iterdir():
             self._storage.put(f"tensorboard/{events.name}", events.read_bytes())
         self._synced = time.monotonic()

@@ -20,7 +20,7 @@ from cluster.ingest import IngestConfig, ingest
 from cluster.reader import open_reader
 from cluster.storage import StorageConfig, absolute_url, open_storage
 from cluster.training import train
-from cluster.workers import connect_ray
+from cluster.workers import connect_ray, room
 from jobs.command_line import parse, run
 from jobs.street_scenes import TAXONOMY, write_dataset
 from sepico.panels import image_grid
@@ -41,7 +41,7 @@ class DemoConfig:
     Attributes:
         folder: Where the generated images, shards, runs and the picture go.
         seed: Seed of the scenes and of both runs.
-        workers: Ray Train workers.
+        workers: Ray Train workers, fewer where the machine has fewer GPUs or cores.
     """
 
     folder: str = "demo"
@@ -53,6 +53,7 @@ def main(config: DemoConfig) -> None:
     """Generate, ingest, train twice, evaluate, print the table and write the picture."""
     root = Path(config.folder) / f"seed{config.seed}"
     connect_ray()
+    config = replace(config, workers=min(config.workers, room(cpus=1)))
     data = {name: _make(root, name, config.seed) for name in DATA_SETS}
     runs = {name: _train(config, root, data, method) for name, method in METHODS.items()}
     storage = StorageConfig()

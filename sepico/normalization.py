@@ -48,7 +48,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
         slope = -factor * inverse_std * mean_grad_xhat
         offset = -factor * mean_grad - slope * mean
         zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-        dx = F.batch_norm(x, zero, one, slope, offset, False, 0.0, 0.0)
+        # Some versions of PyTorch refuse an eps of 0; this one added to 1 is 1.
+        dx = F.batch_norm(x, zero, one, slope, offset, False, 0.0, 1e-30)
         return dx.addcmul_(grad, factor.view(1, -1, 1, 1)), grad_weight, grad_bias, None, None
 
 

@@ -22,6 +22,12 @@ NUM_CLASSES = 5
 os.environ["RAY_AUTH_MODE"] = "token"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """GPUs are there for `pytest -m gpu` alone: else the numbers are a CPU's, on any machine."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def aws_environment() -> Iterator[None]:
     """Credentials of the test server for this process and all it starts; never a person's own."""

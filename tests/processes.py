@@ -15,6 +15,8 @@ from typing import Any
 
 import torch.multiprocessing
 
+# Else PyTorch, asked whether there is a GPU, starts CUDA, which does not outlive a fork.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 # One server forks all of a session's, so it imports what any of them needs.
 MODULES = [
     "tests.cluster.checkpoint_ranks",

@@ -1,14 +1,17 @@
 """One whole training step against the encoder's forward + backward alone.
 
-    python tests/benchmarks/step.py [--network deeplab daformer] [--precision fp32 bf16]
+    python tests/benchmarks/step.py [--network deeplab daformer] [--precision fp32 bf16] [--side N]
 
 The published DistCL presets with random weights and the contrast running, source and target crops
-of 256x256 (the target comes as 256x512), batch 2, one thread. A step is three loss terms with
-their backwards, AdamW and the teacher's update, in one process without Ray or DeepSpeed; the
-encoder, as segmentation-models-pytorch has it, takes the same source images. Both run alternately
-in one process, and the least CPU time of each counts: a shared machine only ever adds to it. The
-memory is measured in a process of its own that makes nothing but steps. bf16 is left out on a CPU
-without it, where PyTorch multiplies bf16 matrices in a plain loop, many times slower than fp32.
+of 256x256 (the target comes as 256x512), batch 2. A step is three loss terms with their backwards,
+AdamW and the teacher's update, in one process without Ray or DeepSpeed; the encoder, as
+segmentation-models-pytorch has it, takes the same source images. Both run alternately in one
+process, and the least time of each counts: a shared machine only ever adds to it. The memory is
+measured in a process of its own that makes nothing but steps.
+
+On a GPU, where there is one: its time from step to step, and the most bytes that its tensors took.
+Else the CPU time of one thread, and the process' largest resident memory; bf16 is left out on a
+CPU without it, where PyTorch multiplies bf16 matrices in a plain loop, many times slower than fp32.
 """
 
 import argparse
@@ -44,19 +47,33 @@ PRESETS = {
     "daformer": "gta2cityscapes_daformer_distcl",
 }
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
-SIDE, BATCH = 256, 2
+BATCH = 2
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+UNIT = "s" if CUDA else "CPU-s"
+
+
+def now() -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
 class Clock:
-    """CPU seconds by part; a part inside another one is not counted in both."""
+    """Seconds by part, where it is asked for; a part inside another one is not counted in both."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
+        self.runs = False
         self._open: list[str] = []
         self._since = 0.0
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        if not self.runs:
+            yield
+            return
         self._switch()
         self._open.append(name)
         try:
@@ -66,10 +83,10 @@ class Clock:
             self._open.pop()
 
     def _switch(self) -> None:
-        now = time.process_time()
+        time_now = now()
         if self._open:
-            self.seconds[self._open[-1]] += now - self._since
-        self._since = now
+            self.seconds[self._open[-1]] += time_now - self._since
+        self._since = time_now
 
 
 class TimedTeacher(Teacher):
@@ -78,7 +95,7 @@ class TimedTeacher(Teacher):
         self.clock = clock
 
     def probabilities(self, images):
-        name = "crop" if images.shape[-1] == SIDE else "whole target"
+        name = "crop" if images.shape[-1] == images.shape[-2] else "whole target"
         with self.clock.part(f"teacher, {name}"):
             return super().probabilities(images)
 
@@ -92,21 +109,21 @@ class Training:
 
     terms = ("source", "target", "mix")
 
-    def __init__(self, network: str, precision: str) -> None:
+    def __init__(self, network: str, precision: str, side: int) -> None:
         config = parse(TrainConfig, ["--config", PRESETS[network]])
         config.model = replace(config.model, encoder_weights=None)
         config.contrast = replace(config.contrast, start=0)
         torch.manual_seed(0)
         self.clock = Clock()
-        self.student = build_segmentor(config.model).train()
+        self.student = build_segmentor(config.model).to(DEVICE).train()
         self.student.autocast_dtype = DTYPES[precision]
         self.teacher = TimedTeacher(copy.deepcopy(self.student), self.clock)
         self.adaptation = AdaptationStep(
-            config, self.student.normalize, self.teacher, PixelContrast(config)
+            config, self.student.normalize, self.teacher, PixelContrast(config, device=DEVICE)
         )
         groups = parameter_groups(self.student, config.optimization)
         self.optimizer = PausableAdamW(groups, lr=1e-6, fused=True)
-        self.batch = batch()
+        self.batch = batch(side)
 
     def step(self) -> None:
         with self.clock.part("labels, augmentation, losses"):
@@ -129,67 +146,73 @@ class Training:
 class Encoder:
     """The encoder of a published preset; `step` is its forward and backward on the source."""
 
-    def __init__(self, network: str, precision: str) -> None:
+    def __init__(self, network: str, precision: str, side: int) -> None:
         model = parse(TrainConfig, ["--config", PRESETS[network]]).model
         self.encoder = smp.encoders.get_encoder(
             model.encoder, weights=None, output_stride=model.output_stride
-        ).train()
+        )
+        self.encoder.to(DEVICE).train()
         self.dtype = DTYPES[precision]
-        images = batch().source_image - 0.5
+        images = batch(side).source_image - 0.5
         self.images = images.contiguous(memory_format=torch.channels_last)
 
     def step(self) -> None:
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
+        with torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype is not None):
             last = self.encoder(self.images)[-1]
         torch.autograd.backward(last, torch.ones_like(last))
         self.encoder.zero_grad()
 
 
-def batch() -> StepBatch:
+def batch(side: int) -> StepBatch:
     """Smooth random images, labels in blocks of 32 pixels."""
     generator = torch.Generator().manual_seed(0)
     source, target = (
-        F.interpolate(torch.rand(BATCH, 3, 16, width, generator=generator), scale_factor=16)
-        for width in (16, 32)
+        F.interpolate(torch.rand(BATCH, 3, side // 16, width, generator=generator), scale_factor=16)
+        for width in (side // 16, side // 8)
     )
-    labels = torch.randint(0, 19, (BATCH, 1, SIDE // 32, SIDE // 32), generator=generator)
+    labels = torch.randint(0, 19, (BATCH, 1, side // 32, side // 32), generator=generator)
     labels = labels.repeat_interleave(32, 2).repeat_interleave(32, 3)
-    return StepBatch([1, 2], source, labels, target)
+    return StepBatch([1, 2], *(tensor.to(DEVICE) for tensor in (source, labels, target)))
 
 
-def cpu_seconds(run) -> float:
-    start = time.process_time()
+def seconds(run) -> float:
+    start = now()
     run()
-    return time.process_time() - start
+    return now() - start
 
 
-def measure_time(network: str, precision: str, repeats: int, queue) -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    training = Training(network, precision)
-    encoder = Encoder(network, precision)
-    training.step()  # what is made once: the optimiser's state, kernels
-    encoder.step()
+def measure_time(case: tuple, repeats: int, queue) -> None:
+    set_up()
+    training, encoder = Training(*case), Encoder(*case)
+    for _ in range(3 if CUDA else 1):  # what is made once: the optimiser's state, kernels
+        training.step()
+        encoder.step()
     steps, encoders = [], []
     for _ in range(repeats):
-        encoders.append(cpu_seconds(encoder.step))
-        training.clock.seconds.clear()
-        total = cpu_seconds(training.step)
-        steps.append((total, dict(training.clock.seconds)))
-    queue.put((min(encoders), *min(steps, key=lambda step: step[0])))
+        encoders.append(seconds(encoder.step))
+        steps.append(seconds(training.step))
+    training.clock.runs = True  # on a GPU it makes a step slower, which then waits for each part
+    training.step()
+    queue.put((min(encoders), min(steps), dict(training.clock.seconds)))
 
 
-def measure_memory(network: str, precision: str, repeats: int, queue) -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()
+def measure_memory(case: tuple, queue) -> None:
+    set_up()
     before = peak_gib()
-    training = Training(network, precision)
+    training = Training(*case)
     for _ in range(3):
         training.step()
     queue.put((peak_gib(), before))
 
 
+def set_up() -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
 def peak_gib() -> float:
+    if CUDA:
+        return torch.cuda.max_memory_allocated() / 1024**3
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
 
 
@@ -208,21 +231,23 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", choices=PRESETS, default=list(PRESETS))
     fast = [name for name, dtype in DTYPES.items() if dtype in (None, autocast_dtype("auto"))]
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=fast)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--side", type=int, default=256, help="of the crops, in pixels")
+    parser.add_argument("--repeats", type=int, default=20 if CUDA else 5)
     arguments = parser.parse_args()
-    capability = torch.backends.cpu.get_cpu_capability()
-    print(f"{platform.machine()} with {capability}, torch {torch.__version__}, 1 thread")
+    capability = f"{torch.backends.cpu.get_cpu_capability()}, 1 thread"
+    machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} with {capability}"
+    print(f"{machine}, torch {torch.__version__}, crops of {arguments.side}")
     for network in arguments.network:
         for precision in arguments.precision:
-            case = network, precision, arguments.repeats
-            encoder, step, parts = in_own_process(measure_time, *case)
+            case = network, precision, arguments.side
+            encoder, step, parts = in_own_process(measure_time, case, arguments.repeats)
             print(
-                f"\n{network} {precision}: step {step:.2f} CPU-s = {step / encoder:.2f} x encoder "
-                f"({encoder:.2f} CPU-s)"
+                f"\n{network} {precision}: step {step:.3f} {UNIT} = {step / encoder:.2f} x encoder "
+                f"({encoder:.3f} {UNIT})"
             )
-            for name, seconds in parts.items():
-                print(f"  {name:<30}{seconds:>7.2f} s{seconds / encoder:>7.2f} x", flush=True)
-            peak, before = in_own_process(measure_memory, *case)
+            for name, spent in parts.items():
+                print(f"  {name:<30}{spent:>8.3f} s{spent / encoder:>7.2f} x", flush=True)
+            peak, before = in_own_process(measure_memory, case)
             print(f"  peak {peak:.2f} GiB, {before:.2f} of it before the network", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What test_engine runs in each of its processes: the same steps under DeepSpeed and gloo."""
+"""What test_engine, and test_engine_gpu, run in each process: the same steps under DeepSpeed."""
 
 import copy
 import os
@@ -35,6 +35,7 @@ from sepico.teacher import Teacher
 STEPS, START, BATCH, CLASSES = 4, 2, 4, 5
 # Variants that the tests must refuse: what each forgets that workers share, or ZeRO does.
 MISTAKES = ("local mean", "local statistics", "local batch-norm", "unpaused projection")
+CPU = torch.device("cpu")
 CLASS_WEIGHT = torch.linspace(0.9, 1.1, CITYSCAPES_19.num_classes)
 
 
@@ -107,7 +108,7 @@ def engine_config(stage: int, method: str) -> EngineConfig:
     )
 
 
-def global_batch(step: int, slots: range) -> StepBatch:
+def global_batch(step: int, slots: range, device: torch.device = CPU) -> StepBatch:
     """The slots of a step, made from the step's number alone: blocks of one colour a class."""
     generator = torch.Generator().manual_seed(step)
     palette = torch.rand(CLASSES, 3, generator=torch.Generator().manual_seed(99))
@@ -125,10 +126,10 @@ def global_batch(step: int, slots: range) -> StepBatch:
     mine = list(slots)
     return StepBatch(
         [100 * step + slot for slot in mine],
-        source[mine],
-        label[mine],
-        target[mine],
-        target_reference=reference[mine],
+        source[mine].to(device),
+        label[mine].to(device),
+        target[mine].to(device),
+        target_reference=reference[mine].to(device),
     )
 
 
@@ -201,11 +202,11 @@ def result(network: torch.nn.Module, teacher: Teacher | None, contrast: PixelCon
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-def plain_pytorch(method: str) -> tuple[dict, dict]:
+def plain_pytorch(method: str, device: torch.device = CPU) -> tuple[dict, dict]:
     """Initial state, and the final state, of plain PyTorch over the whole batch."""
     precision = engine_config(1, method).precision
-    _, gradients = _plain_run(method_config(method, start=0), 1, precision)
-    initial, final = _plain_run(method_config(method, START), STEPS, precision)
+    _, gradients = _plain_run(method_config(method, start=0), 1, precision, device)
+    initial, final = _plain_run(method_config(method, START), STEPS, precision, device)
     return initial, final | _named("gradient", gradients)
 
 
@@ -213,10 +214,12 @@ def _named(kind: str, tensors: dict) -> dict:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(kind)}
 
 
-def _plain_run(config: MethodConfig, steps: int, precision: str) -> tuple[dict, dict]:
+def _plain_run(
+    config: MethodConfig, steps: int, precision: str, device: torch.device
+) -> tuple[dict, dict]:
     from cluster.engine import parameter_groups
 
-    network, teacher, contrast = build(config, precision=precision)
+    network, teacher, contrast = build(config, device=device, precision=precision)
     use_batch_norm(network, config)
     if teacher is not None:
         use_batch_norm(teacher.network, config)
@@ -224,13 +227,15 @@ def _plain_run(config: MethodConfig, steps: int, precision: str) -> tuple[dict, 
     groups = parameter_groups(network, config.optimization)
     optimizer = torch.optim.AdamW(groups, lr=3e-5, betas=config.optimization.betas)
     whole = replace(config, optimization=replace(config.optimization, micro_batch=0))
-    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
-    step_terms = AdaptationStep(whole, network.normalize, teacher, contrast, CLASS_WEIGHT)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    weight = CLASS_WEIGHT.to(device)
+    step_terms = AdaptationStep(whole, network.normalize, teacher, contrast, weight)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.optimization) * group["multiplier"]
         optimizer.zero_grad()
-        for term in step_terms.terms(network.train(), global_batch(step, range(BATCH)), step):
+        batch = global_batch(step, range(BATCH), device)
+        for term in step_terms.terms(network.train(), batch, step):
             scaler.scale(term).backward()
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
@@ -242,15 +247,21 @@ def _plain_run(config: MethodConfig, steps: int, precision: str) -> tuple[dict, 
     return initial, result(network, teacher, contrast) | gradients
 
 
-def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str]]) -> None:
+def run_rank(
+    rank: int, world_size: int, folder: str, cases: list[tuple[int, str]], on_gpus: bool = False
+) -> None:
     """Train each case (ZeRO stage, method); rank 0 writes FOLDER/WORLD-STAGE-METHOD.pt."""
     torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if on_gpus else CPU
+    if on_gpus:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"
     )
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous-{world_size}", rank=rank,
-        world_size=world_size,
+        "nccl" if on_gpus else "gloo", init_method=f"file://{folder}/rendezvous-{world_size}",
+        rank=rank, world_size=world_size,
     )  # fmt: skip
     from cluster.engine import adopt_process_group
 
@@ -261,10 +272,11 @@ def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str
         mistake = method.partition(" ")[2]
         state = {}
         if mistake != "unpaused projection":
-            state = _train(engine, method_config(method, start=0), 1, group, mistake)
+            state = _train(engine, method_config(method, start=0), 1, group, device, mistake)
         if mistake not in MISTAKES[:3]:  # the first gradient shows these
             gradients = _named("gradient", state)
-            state = _train(engine, method_config(method, START), STEPS, group, mistake) | gradients
+            config = method_config(method, START)
+            state = _train(engine, config, STEPS, group, device, mistake) | gradients
         if rank == 0:
             torch.save(state, Path(folder) / f"{world_size}-{stage}-{method}.pt")
     dist.barrier()
@@ -272,11 +284,16 @@ def run_rank(rank: int, world_size: int, folder: str, cases: list[tuple[int, str
 
 
 def _train(
-    engine_settings: EngineConfig, config: MethodConfig, steps: int, group, mistake: str
+    engine_settings: EngineConfig,
+    config: MethodConfig,
+    steps: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    mistake: str,
 ) -> dict:
     from cluster.engine import Engine, shard_teacher
 
-    network, teacher, contrast = build(config, group, precision=engine_settings.precision)
+    network, teacher, contrast = build(config, group, device, engine_settings.precision)
     if mistake != "local batch-norm":
         for part in (network, *([teacher.network] if teacher else [])):
             use_batch_norm(part, config)
@@ -306,11 +323,12 @@ def _train(
         optimizer_step()
 
     engine.module.step = record_gradients
-    terms = AdaptationStep(config, network.normalize, teacher, contrast, CLASS_WEIGHT)
+    weight = CLASS_WEIGHT.to(device)
+    terms = AdaptationStep(config, network.normalize, teacher, contrast, weight)
     slots = range(dist.get_rank(), BATCH, dist.get_world_size())
     for step in range(steps):
         network.train()
-        engine.step(terms.terms(engine, global_batch(step, slots), step), step)
+        engine.step(terms.terms(engine, global_batch(step, slots, device), step), step)
         if teacher is not None:
             decay = ema_decay(step, config.optimization, config.teacher.ema_alpha)
             engine.update_teacher(teacher, decay)
