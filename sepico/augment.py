@@ -86,20 +86,18 @@ def class_balanced_crop(
     of one class, or where the largest class holds a share of `max_ratio` or more. The sums are the
     authors' to the bit, float32, so that boxes which tie there tie here.
     """
+    pixels = [
+        torch.bincount(labels[y1:y2, x1:x2].flatten(), minlength=ignore_index + 1)
+        for y1, y2, x1, x2 in boxes.tolist()
+    ]
     scores = []
-    for y1, y2, x1, x2 in boxes.tolist():
-        _, counts = _unique_labelled(labels[y1:y2, x1:x2], ignore_index)
+    for counts in torch.stack(pixels).cpu():  # a GPU's come in one piece
+        counts[ignore_index] = 0
+        counts = counts[counts > 0]
         balanced = len(counts) > 1 and counts.max() / counts.sum() < max_ratio
         scores.append(float(counts[counts > 1].log().sum()) if balanced else 0.0)
     scores = torch.tensor(scores)
     return int(scores.argmax()), scores
-
-
-def _unique_labelled(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    counts = torch.bincount(labels.flatten(), minlength=ignore_index + 1)
-    counts[ignore_index] = 0
-    present = counts.nonzero().squeeze(1)
-    return present, counts[present]
 
 
 def crop_target(
