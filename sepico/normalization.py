@@ -64,26 +64,48 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - mean.view(1, -1, 1, 1)).square_().sum((0, 2, 3)) / count
 
 
-class _Synchronized:
+class _InTraining:
     """Mixed into a batch-norm class by `set_batch_norm`; the module keeps its parameters."""
-
-    sum_over_ranks: RankSum  # one for all layers of a network
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, variance, total = _GlobalBatchNorm.apply(
-            x, self.weight, self.bias, self.eps, self.sum_over_ranks
-        )
         self.num_batches_tracked.add_(1)
         momentum = self.momentum
         if momentum is None:
             momentum = 1.0 / float(self.num_batches_tracked)
+        y = self.normalize(x, momentum)
+        # timm's BatchNormAct2d applies its activation itself.
+        return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+
+class _Synchronized(_InTraining):
+    sum_over_ranks: RankSum  # one for all layers of a network
+
+    def normalize(self, x: Tensor, momentum: float) -> Tensor:
+        y, mean, variance, total = _GlobalBatchNorm.apply(
+            x, self.weight, self.bias, self.eps, self.sum_over_ranks
+        )
         unbiased = variance * (total / (total - 1).clamp(min=1)).to(variance.dtype)
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(unbiased, momentum)
-        # timm's BatchNormAct2d applies its activation itself.
-        return self.act(self.drop(y)) if hasattr(self, "act") else y
+        return y
+
+
+class _Local(_InTraining):
+    """PyTorch's own, whose kernels of cuDNN read scale and shift four at a time: in the flat
+    buffers of ZeRO they lie anywhere, and CUDA fails (PyTorch's issue 195186)."""
+
+    def normalize(self, x: Tensor, momentum: float) -> Tensor:
+        running = self.running_mean, self.running_var
+        affine = _aligned(self.weight), _aligned(self.bias)
+        return F.batch_norm(x, *running, *affine, True, momentum, self.eps)
+
+
+def _aligned(parameter: Tensor) -> Tensor:
+    """The parameter, or on a GPU a copy of it if it does not begin at a multiple of 16 bytes."""
+    misplaced = parameter.is_cuda and parameter.data_ptr() % 16
+    return parameter.clone() if misplaced else parameter
 
 
 class _Frozen:
@@ -105,13 +127,11 @@ def set_batch_norm(network: nn.Module, mode: BatchNormMode) -> None:
     in float32, which shows (gradients 1e-3 off) where a channel hardly varies.
     """
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    if mode == "local" or (mode == "sync" and alone):
-        return
-    mixin = _Synchronized if mode == "sync" else _Frozen
+    mixin = _Frozen if mode == "frozen" else _Local if mode == "local" or alone else _Synchronized
     sum_over_ranks = RankSum()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             cls = type(module)
             module.__class__ = type(mixin.__name__.strip("_") + cls.__name__, (mixin, cls), {})
-            if mode == "sync":
+            if mixin is _Synchronized:
                 module.sum_over_ranks = sum_over_ranks
