@@ -63,6 +63,12 @@ def _blocks(
             yield plane, *block
 
 
+def _chunk(rows: Tensor) -> int:
+    """Rows that are taken at once: what stays in a CPU's cache; a GPU, where each chunk is some
+    launches, takes all."""
+    return CHUNK if rows.device.type == "cpu" else max(len(rows), 1)
+
+
 class DistContrast(torch.autograd.Function):
     """DistCL of each pixel: (N, A), (N,), (C, A), (C, A), float, (C,) or None -> (N,).
 
@@ -75,8 +81,9 @@ class DistContrast(torch.autograd.Function):
         spread = features.new_empty(len(features), len(mean))
         logits = torch.empty_like(spread)
         similar, varied = mean.T / temperature, variance.T / (2 * temperature**2)
-        scratch = torch.empty_like(features[:CHUNK])
-        chunks = zip(features.split(CHUNK), spread.split(CHUNK), logits.split(CHUNK), strict=True)
+        size = _chunk(features)
+        scratch = torch.empty_like(features[:size])
+        chunks = zip(features.split(size), spread.split(size), logits.split(size), strict=True)
         for q, of_variance, of_both in chunks:
             torch.mm(torch.square(q, out=scratch[: len(q)]), varied, out=of_variance)
             torch.addmm(of_variance, q, similar, out=of_both)
@@ -100,8 +107,9 @@ class DistContrast(torch.autograd.Function):
         of_variance = of_mean.scatter_add(1, own, grad[:, None])
         mean, variance = mean / ctx.temperature, variance / ctx.temperature**2
         result = torch.empty_like(features)
-        scratch = torch.empty_like(features[:CHUNK])
-        chunks = (part.split(CHUNK) for part in (features, of_mean, of_variance, result))
+        size = _chunk(features)
+        scratch = torch.empty_like(features[:size])
+        chunks = (part.split(size) for part in (features, of_mean, of_variance, result))
         for q, for_mean, for_variance, rows in zip(*chunks, strict=True):
             torch.mm(for_mean, mean, out=rows)
             rows.addcmul_(q, torch.mm(for_variance, variance, out=scratch[: len(q)]))
@@ -132,7 +140,7 @@ class BankContrast(torch.autograd.Function):
             rows = bank.rows(c).to(features.dtype)
             if not len(of_class) or not len(rows):
                 continue
-            for pixels in of_class.split(CHUNK):
+            for pixels in of_class.split(_chunk(features)):
                 margin = torch.addmm(
                     negative[pixels], features[pixels], rows.T, alpha=-1 / temperature
                 )
