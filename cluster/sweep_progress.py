@@ -52,7 +52,7 @@ class Progress(tune.Callback):
             self._looked = time.monotonic()
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._end(trial, STOPPED, "not among the best at this rung")
+        self._end(trial, STOPPED, "stopped at this rung")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         reason = (trial.error_file and trial.get_error()) or "its driver was lost"

@@ -9,9 +9,10 @@ show to be among the best go on after all. Then the best, and the configuration 
 with, are trained to the end on every seed, and ranked by the mean.
 """
 
+import math
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -64,7 +65,7 @@ def _train_promoted(plan: Plan, concurrent: int) -> None:
     this the best go on whatever the order in which trials came.
     """
     for stop, following in pairwise(plan.stops):
-        compared = [record for record in _trials_of(plan) if not record.name.startswith(OWN)]
+        compared = [record for record in _trials_of(plan) if record.point]  # all but its own
         trials = [
             (record.point, record.seed)
             for record in best_at(stop, compared, plan)
@@ -97,14 +98,24 @@ class _EarlyStopping(AsyncHyperBandScheduler):
             reduction_factor=reduction,
         )
         self._reduction = reduction
-        self._measured = Counter[int]()
+        self._measured = defaultdict[int, set[str]](set)  # trials by budget
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result["name"].startswith(OWN):
             return self.CONTINUE
-        self._measured[result["budget"]] += 1
         decision = super().on_trial_result(tune_controller, trial, result)
-        return decision if self._measured[result["budget"]] >= self._reduction else self.STOP
+        self._count(trial, result)
+        return decision if len(self._measured[result["budget"]]) >= self._reduction else self.STOP
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Of a trial that ends by itself, as those of a continued sweep do that were stopped."""
+        if not result["name"].startswith(OWN):
+            super().on_trial_complete(tune_controller, trial, result)
+            self._count(trial, result)
+
+    def _count(self, trial: Any, result: dict[str, Any]) -> None:
+        if not math.isnan(result[self.metric]):
+            self._measured[result["budget"]].add(trial.trial_id)
 
 
 def train_trials(

@@ -53,7 +53,7 @@ def main(config: DemoConfig) -> None:
     """Generate, ingest, train twice, evaluate, print the table and write the picture."""
     root = Path(config.folder) / f"seed{config.seed}"
     connect_ray()
-    config = replace(config, workers=min(config.workers, room(cpus=1)))
+    config = replace(config, workers=_workers(config))
     data = {name: _make(root, name, config.seed) for name in DATA_SETS}
     runs = {name: _train(config, root, data, method) for name, method in METHODS.items()}
     storage = StorageConfig()
@@ -85,6 +85,13 @@ def dry_run(config: DemoConfig) -> None:
 
     base = _base(config, METHODS["SePiCo"])
     describe(replace(base, model=replace(base.model, num_classes=TAXONOMY.num_classes)))
+
+
+def _workers(config: DemoConfig) -> int:
+    """As many as were asked for, fit, and share a batch evenly."""
+    batch = _base(config, METHODS["SePiCo"]).optimization.global_batch
+    most = min(config.workers, room(cpus=1))
+    return max((n for n in range(1, most + 1) if batch % n == 0), default=config.workers)
 
 
 def _make(root: Path, name: str, seed: int) -> str:

@@ -91,7 +91,7 @@ def class_balanced_crop(
         for y1, y2, x1, x2 in boxes.tolist()
     ]
     scores = []
-    for counts in torch.stack(pixels).cpu():  # a GPU's come in one piece
+    for counts in torch.stack(pixels).cpu():
         counts[ignore_index] = 0
         counts = counts[counts > 0]
         balanced = len(counts) > 1 and counts.max() / counts.sum() < max_ratio

@@ -73,7 +73,7 @@ class DistContrast(torch.autograd.Function):
     """DistCL of each pixel: (N, A), (N,), (C, A), (C, A), float, (C,) or None -> (N,).
 
     Autograd would keep q^2 and its gradient, each as large as the features themselves; the
-    gradient needs only the softmax (N, C), and q^2 is made a chunk at a time in the cache.
+    gradient needs only the softmax (N, C), and q^2 is made a chunk at a time, on CPUs in the cache.
     """
 
     @staticmethod

@@ -64,8 +64,11 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - mean.view(1, -1, 1, 1)).square_().sum((0, 2, 3)) / count
 
 
-class _InTraining:
-    """Mixed into a batch-norm class by `set_batch_norm`; the module keeps its parameters."""
+class _BatchStatistics:
+    """Mixed into a batch-norm class by `set_batch_norm`; the module keeps its parameters.
+
+    In training `normalize(x, momentum)` normalises and updates the running statistics.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -79,7 +82,9 @@ class _InTraining:
         return self.act(self.drop(y)) if hasattr(self, "act") else y
 
 
-class _Synchronized(_InTraining):
+class _Synchronized(_BatchStatistics):
+    """With the statistics of all ranks."""
+
     sum_over_ranks: RankSum  # one for all layers of a network
 
     def normalize(self, x: Tensor, momentum: float) -> Tensor:
@@ -92,7 +97,7 @@ class _Synchronized(_InTraining):
         return y
 
 
-class _Local(_InTraining):
+class _Local(_BatchStatistics):
     """PyTorch's own, whose kernels of cuDNN read scale and shift four at a time: in the flat
     buffers of ZeRO they lie anywhere, and CUDA fails (PyTorch's issue 195186)."""
 
@@ -130,7 +135,7 @@ def set_batch_norm(network: nn.Module, mode: BatchNormMode) -> None:
     mixin = _Frozen if mode == "frozen" else _Local if mode == "local" or alone else _Synchronized
     sum_over_ranks = RankSum()
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, mixin):
             cls = type(module)
             module.__class__ = type(mixin.__name__.strip("_") + cls.__name__, (mixin, cls), {})
             if mixin is _Synchronized:

@@ -48,9 +48,11 @@ class Teacher:
     @torch.no_grad()
     def update(self, student_weights: Iterable[Tensor], alpha: float) -> None:
         """teacher <- alpha teacher + (1 - alpha) student, float32, parameters only."""
-        weights = list(self.weights)
-        values = [v.view_as(weight) for weight, v in zip(weights, student_weights, strict=True)]
-        torch._foreach_lerp_(weights, values, 1 - alpha)  # a GPU starts one kernel, not a thousand
+        pairs = zip(student_weights, self.weights, strict=True)
+        values = [value.view_as(average) for value, average in pairs]
+        torch._foreach_lerp_(
+            self.weights, values, 1 - alpha
+        )  # a GPU starts one kernel, not a thousand
 
 
 def trust_mask(height: int, width: int, top: int, bottom: int) -> Tensor:

@@ -6,7 +6,13 @@ Hoyer, Dai, Van Gool: DAFormer (CVPR 2022), section 3.2.
 import torch
 from torch import Tensor, nn
 
-from sepico.heads.layers import DilatedDepthwiseConv, StagedConv1x1, conv_norm_act, resize
+from sepico.heads.layers import (
+    DilatedDepthwiseConv,
+    StagedConv1x1,
+    conv_norm_act,
+    lowered,
+    resize,
+)
 
 
 class SeparableASPP(nn.Module):
@@ -43,7 +49,8 @@ class SeparableASPP(nn.Module):
         whole = None
         if set(self.dilations) != {1}:
             size = features[0].shape[-2:]
-            whole = torch.cat([resize(feature, size) for feature in features], 1)
+            # Lowered once: every branch would keep a copy of its own for the backward.
+            whole = lowered(torch.cat([resize(feature, size) for feature in features], 1))
         outputs = [
             branch(features if dilation == 1 else whole)
             for branch, dilation in zip(self.branches, self.dilations, strict=True)

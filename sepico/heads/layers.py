@@ -91,8 +91,7 @@ class DilatedDepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
-        if torch.is_autocast_enabled(x.device.type):  # the backward is written below, without it
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = lowered(x)  # autocast does not reach a backward that is written by hand
         return _DilatedDepthwise.apply(x, self.weight.to(x.dtype), self.dilation[0])
 
 
@@ -143,6 +142,12 @@ def _grid(phases: Tensor, d: int, size: torch.Size) -> Tensor:
     pixels = phases.permute(0, 2, 3, 1).reshape(batch, -1, channels)
     pixels = pixels.index_select(1, index.flatten())
     return pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def lowered(x: Tensor) -> Tensor:
+    """x in the dtype that autocast computes in, where it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def resize(features: Tensor, size: torch.Size) -> Tensor:

@@ -6,8 +6,9 @@ The published DistCL presets with random weights and the contrast running, sourc
 of 256x256 (the target comes as 256x512), batch 2. A step is three loss terms with their backwards,
 AdamW and the teacher's update, in one process without Ray or DeepSpeed; the encoder, as
 segmentation-models-pytorch has it, takes the same source images. Both run alternately in one
-process, and the least time of each counts: a shared machine only ever adds to it. The memory is
-measured in a process of its own that makes nothing but steps.
+process, and the least time of each counts: a shared machine only ever adds to it. The parts are
+those of one more step, on a GPU a slower one, which waits for each. The memory is measured in a
+process of its own that makes nothing but steps.
 
 On a GPU, where there is one: its time from step to step, and the most bytes that its tensors took.
 Else the CPU time of one thread, and the process' largest resident memory; bf16 is left out on a

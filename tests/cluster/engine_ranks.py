@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -302,6 +303,8 @@ def _train(
         contrast.group = groups[dist.get_rank()]
     if mistake == "local mean":
         _forget_the_others(contrast)
+    if device.type == "cuda":
+        network.encoder.register_forward_hook(_check_encoder(network.autocast_dtype))
     if engine_settings.activation_checkpointing:
         checkpoint_activations(network.encoder)
     engine = Engine(
@@ -333,6 +336,16 @@ def _train(
             decay = ema_decay(step, config.optimization, config.teacher.ema_alpha)
             engine.update_teacher(teacher, decay)
     return result(network, teacher, contrast) | gradients
+
+
+def _check_encoder(dtype: torch.dtype | None) -> Callable[..., None]:
+    """A hook: images lie on the GPU pixel by pixel, and are computed with in `dtype`."""
+
+    def check(_: torch.nn.Module, images: tuple[torch.Tensor], features: list[torch.Tensor]):
+        assert images[0].is_cuda and features[-1].dtype == (dtype or torch.float32)
+        assert images[0].is_contiguous(memory_format=torch.channels_last)
+
+    return check
 
 
 def _forget_the_others(contrast: PixelContrast) -> None:

@@ -40,17 +40,25 @@ def finished(options) -> Path:
 
 
 def test_a_run_on_gpus_computes_the_same_after_a_loss(options, finished):
-    undisturbed = final_weights(finished)
+    undisturbed, before = final_weights(finished), metrics(finished)
     last = list_checkpoints(open_storage(str(finished), StorageConfig()))[-1]
     shutil.rmtree(finished / last.prefix)
+    kept = list_checkpoints(open_storage(str(finished), StorageConfig()))[-1].step
+    start = final_weights(finished)
     again = run_job("jobs.train", options)
     assert again.returncode == 0, again.stderr
-    lines = [line for line in metrics(finished) if "mix_ce" in line]
+    after = metrics(finished)
+    assert [line for line in after if line["step"] < kept] == [
+        line for line in before if line["step"] < kept
+    ], "it began anew"
+    lines = [line for line in after if "mix_ce" in line]
     assert {line["step"] for line in lines} == set(range(STEPS))
     assert all(math.isfinite(line[term]) for line in lines for term in ("source_ce", "mix_ce"))
+    gap = moved = 0.0
     for name, weight in final_weights(finished).items():
-        gap = (weight - undisturbed[name]).float().norm()
-        assert gap <= 1e-2 * undisturbed[name].float().norm(), name
+        gap += (weight - undisturbed[name]).square().sum().item()
+        moved += (undisturbed[name] - start[name]).square().sum().item()
+    assert gap <= 0.2**2 * moved  # CUDA adds up in another order, and Adam divides by it
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["gpu"] == torch.cuda.get_device_name()
 

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -192,6 +193,20 @@ def test_the_best_of_a_rung_go_on_whenever_they_come(fast, data, tmp_path):
     assert measured[2.9] == measured[2.8] == both
     assert measured[None] == both, "the sweep's own configuration was stopped"
     assert all(len(measured[worse]) == 1 for worse in (120.0, 110.0, 100.0, 90.0))
+
+
+def test_a_trial_of_a_continued_sweep_is_compared_with_those_that_were_stopped():
+    """Who was stopped answers and is done; the best, asked last, must not be stopped as the first
+    of its rung."""
+    scheduler = sweep_search._EarlyStopping(reduction=3, stops=3)
+    assert scheduler.set_search_properties("student_miou", "max")
+    for i, miou in enumerate((1.0, 2.0, math.nan, 3.0, 10.0)):
+        trial = SimpleNamespace(trial_id=str(i))
+        scheduler.on_trial_add(None, trial)
+        result = {"name": f"trial-{i}", "budget": 1, "student_miou": miou}
+        if miou < 10.0 or math.isnan(miou):
+            scheduler.on_trial_complete(None, trial, result)
+    assert scheduler.on_trial_result(None, trial, result) == scheduler.CONTINUE
 
 
 @pytest.mark.slow
