@@ -128,6 +128,7 @@ def set_up_process(cpus: int) -> torch.device:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # "fp32" is float32, as on CPUs
     torch.set_num_threads(cpus)
     keep_freed_memory()
     adopt_process_group()
@@ -180,12 +181,17 @@ class Engine:
             self.module.set_gradient_accumulation_boundary(False)
         finite = True
         with self.module.coalesce_grad_reduction() if self.stage else nullcontext():
-            # Leaving the block reduces gradients with all ranks, so nothing may raise inside it.
-            for term in terms:
-                # A loss that is not finite makes the gradient so: its norm tells all ranks.
-                finite = term.detach().isfinite() & finite
-                poisoned = term * torch.where(finite, 1.0, math.nan)
-                self.module.backward(poisoned if self.stage else poisoned * scale)
+            try:
+                for term in terms:
+                    # A loss that is not finite makes the gradient so: its norm tells all ranks.
+                    finite = term.detach().isfinite() & finite
+                    poisoned = term * torch.where(finite, 1.0, math.nan)
+                    self.module.backward(poisoned if self.stage else poisoned * scale)
+            except BaseException:
+                # Leaving the block reduces gradients with all ranks, who are elsewhere: none are
+                # left, or this rank would wait with its error untold.
+                self.module.zero_grad()
+                raise
         if self.stage:
             self.module.step()  # leaves everything as it is where the global norm is not finite
             overflow = self.module.optimizer.overflow
@@ -228,6 +234,9 @@ class Engine:
     def update_teacher(self, teacher: Teacher, alpha: float) -> None:
         """EMA of what this rank holds: under stage 3 shard by shard, without communication."""
         teacher.update(held_weights(self.module.module), alpha)
+        if self.stage == 3 and self.module.device.type == "cuda":
+            # ZeRO-3 gathers the teacher in a stream of its own, which does not wait for this one.
+            torch.cuda.current_stream().synchronize()
 
 
 def shard_teacher(teacher: Teacher) -> None:

@@ -232,5 +232,5 @@ def _submit(
     parts = [f"{prefix}/part-{rank:05d}.zip" for rank in range(dist.get_world_size())]
     store = open_storage(output.folder, storage)
     write_part(named, store, parts[dist.get_rank()], output.invalid_below)
-    dist.barrier()
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
     return {"parts": parts}

@@ -64,7 +64,7 @@ class PredictImages:
         for group in by_size.values():
             names = [key for key, _ in group]
             try:
-                found = self._predictor.predict_batch(torch.stack([planes for _, planes in group]))
+                found = self._predict([planes for _, planes in group])
             except RuntimeError as error:  # too small for the network, too large for the memory
                 size = "x".join(map(str, reversed(group[0][1].shape[1:])))
                 reason = str(error).splitlines()[0]
@@ -79,6 +79,16 @@ class PredictImages:
             if count:  # Ray refuses to count nothing
                 counter.inc(count)
         return {"key": keys, "error": [errors[key] for key in keys]}
+
+    def _predict(self, images: list[torch.Tensor]) -> list[Prediction]:
+        """Of images of one size: together, or one by one where a GPU's memory is too small."""
+        try:
+            return self._predictor.predict_batch(torch.stack(images))
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+        torch.cuda.empty_cache()
+        return [found for image in images for found in self._predict([image])]
 
     def _read(self, key: str) -> torch.Tensor:
         return decode(self._images.get(key), f"{self._images.url}/{key}")

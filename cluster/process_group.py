@@ -36,12 +36,18 @@ class ProcessGroup(BackendConfig):
 
 def _join(backend: str, where: dict[str, str]) -> None:
     import torch.distributed as dist
+    from ray.train.torch import get_device
 
     context = ray.train.get_context()
+    local_rank = context.get_local_rank()
+    if backend == "nccl":
+        # DeepSpeed takes it for the GPU's index, which it is not where a node has GPUs 9 and 10:
+        # CUDA_VISIBLE_DEVICES lists those of a node as strings, 10 before 9.
+        local_rank = get_device().index
     os.environ |= where | {
         "RANK": str(context.get_world_rank()),
         "WORLD_SIZE": str(context.get_world_size()),
-        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_RANK": str(local_rank),
         "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
     }
     dist.init_process_group(backend, timeout=TIMEOUT)

@@ -25,6 +25,7 @@ from cluster.environment import ENVIRONMENT, describe_environment
 from cluster.inference import validate_networks
 from cluster.lease import Lease
 from cluster.loader import Batch, TrainLoader
+from cluster.process_group import TIMEOUT
 from cluster.profiling import StepProfiler
 from cluster.reader import LostSampleError
 from cluster.run_config import find_checkpoint
@@ -101,7 +102,9 @@ class _Trainer:
         if adapts:
             set_batch_norm(self.teacher.network, config.engine.batch_norm)
             # A group of its own keeps the statistics' asynchronous call apart from the rest.
-            self.contrast = PixelContrast(config, device=device, group=dist.new_group())
+            self.contrast = PixelContrast(
+                config, device=device, group=dist.new_group(timeout=TIMEOUT)
+            )
         set_batch_norm(network, config.engine.batch_norm)
         if config.engine.activation_checkpointing:
             checkpoint_activations(network.encoder)

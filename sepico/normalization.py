@@ -22,7 +22,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         mean, variance = _moments(x.float())
         # Float64 moments merge without the cancellation of E[x^2] - m^2 in float32.
         mean, variance = mean.double(), variance.double()
-        sums = torch.cat([mean * count, (variance + mean**2) * count, mean.new_tensor([count])])
+        sums = torch.cat([mean * count, (variance + mean**2) * count, mean.new_full((1,), count)])
         sums = sum_over_ranks(sums)
         total = sums[-1]
         mean, square = sums[:-1].div_(total).chunk(2)
