@@ -147,7 +147,9 @@ def _grid(phases: Tensor, d: int, size: torch.Size) -> Tensor:
 def lowered(x: Tensor) -> Tensor:
     """x in the dtype that autocast computes in, where it is on."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x  # on "meta", where networks are checked, there is none
 
 
 def resize(features: Tensor, size: torch.Size) -> Tensor:
