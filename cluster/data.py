@@ -63,6 +63,15 @@ class DataConfig:
             raise ValueError(f"data.rcs_temperature {self.rcs_temperature} must be positive")
 
 
+def check_set(data: DataConfig) -> None:
+    """Raise ValueError, in one line, where a data set that training needs is not named."""
+    for name in ("source", "target"):
+        if not getattr(data, name):
+            raise ValueError(
+                f"data.{name} is not set: give the URL that `python -m jobs.ingest` wrote"
+            )
+
+
 def check_data(
     data: DataConfig, storage: StorageConfig, global_batch: int, *, day_night: bool = False
 ) -> Manifest:
@@ -71,8 +80,7 @@ def check_data(
     With `day_night` the classes must be those that its fusion knows, and the target's first
     sample must have a reference image. Raises ValueError in one line.
     """
-    source = _checked_manifest("source", data.source, storage)
-    target = _checked_manifest("target", data.target, storage)
+    source, target = (_checked_manifest(url, storage) for url in (data.source, data.target))
     check_manifests(data, source, target, global_batch)
     if day_night:
         if source.taxonomy.names != CITYSCAPES_19.names:
@@ -84,9 +92,7 @@ def check_data(
     return source
 
 
-def _checked_manifest(name: str, url: str, storage: StorageConfig) -> Manifest:
-    if not url:
-        raise ValueError(f"data.{name} is not set: give the URL that `python -m jobs.ingest` wrote")
+def _checked_manifest(url: str, storage: StorageConfig) -> Manifest:
     store = open_storage(url, storage)
     store.check()
     return read_manifest(store)

@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.checkpoint_format import check_newest, delete_incomplete, list_checkpoints
 from cluster.config import TrainConfig
-from cluster.data import check_data
+from cluster.data import check_data, check_set
 from cluster.deepspeed_config import read_deepspeed
 from cluster.errors import WorkError
 from cluster.events import log_event
@@ -111,11 +111,7 @@ def _train(
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what the data decides, make URLs absolute, and check everything against the data."""
-    for name in ("source", "target"):
-        if not getattr(config.data, name):
-            raise ValueError(
-                f"data.{name} is not set: give the URL that `python -m jobs.ingest` wrote"
-            )
+    check_set(config.data)
     data = replace(
         config.data,
         source=absolute_url(config.data.source),

@@ -41,7 +41,8 @@ class DemoConfig:
     Attributes:
         folder: Where the generated images, shards, runs and the picture go.
         seed: Seed of the scenes and of both runs.
-        workers: Ray Train workers, fewer where the machine has fewer GPUs or cores.
+        workers: Ray Train workers; fewer where there are fewer GPUs or cores, or where they
+            would not share a batch evenly.
     """
 
     folder: str = "demo"
@@ -89,7 +90,7 @@ def dry_run(config: DemoConfig) -> None:
 
 def _workers(config: DemoConfig) -> int:
     """As many as were asked for, fit, and share a batch evenly."""
-    batch = _base(config, METHODS["SePiCo"]).optimization.global_batch
+    batch = _base(replace(config, workers=1), METHODS["SePiCo"]).optimization.global_batch
     most = min(config.workers, room(cpus=1))
     return max((n for n in range(1, most + 1) if batch % n == 0), default=config.workers)
 

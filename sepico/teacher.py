@@ -50,9 +50,8 @@ class Teacher:
         """teacher <- alpha teacher + (1 - alpha) student, float32, parameters only."""
         pairs = zip(student_weights, self.weights, strict=True)
         values = [value.view_as(average) for value, average in pairs]
-        torch._foreach_lerp_(
-            self.weights, values, 1 - alpha
-        )  # a GPU starts one kernel, not a thousand
+        # A GPU starts a few kernels in place of a thousand.
+        torch._foreach_lerp_(self.weights, values, 1 - alpha)
 
 
 def trust_mask(height: int, width: int, top: int, bottom: int) -> Tensor:

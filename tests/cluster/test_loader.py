@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cluster.crops import crop_box, rare_class_crop
-from cluster.data import DataConfig, check_data
+from cluster.data import DataConfig, check_data, check_set
 from cluster.loader import TrainLoader, load_samples
 from cluster.manifest import read_manifest
 from cluster.read_metrics import summarize
@@ -232,7 +232,7 @@ def test_data_is_checked_before_work_starts(urls, tmp_path):
     config = StorageConfig()
     assert check_data(DataConfig(**urls, **CROP), config, 6).labelled
     with pytest.raises(ValueError, match=r"data\.target is not set"):
-        check_data(DataConfig(source=urls["source"], **CROP), config, 6)
+        check_set(DataConfig(source=urls["source"], **CROP))
     with pytest.raises(ValueError, match="has no labels"):
         check_data(DataConfig(source=urls["target"], target=urls["target"], **CROP), config, 6)
     with pytest.raises(ValueError, match="no manifest at"):

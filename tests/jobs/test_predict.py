@@ -6,10 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sepico
 from cluster.prediction import PredictConfig, check, predict
+from cluster.predictor import PredictImages
 from cluster.storage import StorageConfig, open_storage
 from tests.jobs.training import run_job
 
@@ -146,3 +148,18 @@ def test_a_folder_of_broken_images_is_an_error(trained, tmp_path):
     (tmp_path / "in/a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"none of 1 images: .*a.png does not decode"):
         predict(PredictConfig(str(tmp_path / "in"), str(tmp_path / "to"), run=str(trained[0])))
+
+
+def test_images_that_do_not_fit_together_are_predicted_one_by_one():
+    """A GPU whose memory is too small for two, which a CPU cannot be."""
+
+    class Small:
+        def predict_batch(self, images):
+            if len(images) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return [int(images.max())]
+
+    actor = object.__new__(PredictImages)
+    actor._predictor = Small()
+    images = [torch.full((3, 4, 4), value, dtype=torch.uint8) for value in (1, 2, 3)]
+    assert actor._predict(images) == [1, 2, 3]
