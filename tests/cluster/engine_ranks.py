@@ -163,7 +163,7 @@ class _ExactBatchNorm:
         self.num_batches_tracked.add_(1)
         running = self.running_mean.double(), self.running_var.double()
         affine = self.weight.double(), self.bias.double()
-        y = F.batch_norm(x.double(), *running, *affine, True, self.momentum, self.eps).float()
+        y = F.batch_norm(x.double(), *running, *affine, True, self.momentum, self.eps).to(x.dtype)
         self.running_mean.copy_(running[0])
         self.running_var.copy_(running[1])
         return self.act(self.drop(y)) if hasattr(self, "act") else y

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from tests.cluster.engine_ranks import plain_pytorch, run_rank
+from tests.cluster.engine_ranks import engine_config, plain_pytorch, run_rank
 from tests.cluster.test_engine import assert_gradients_equal, distance
 
 GPUS = torch.cuda.device_count()
@@ -25,8 +25,9 @@ CASES = [
     *[(stage, "distcl offload") for stage in STAGES[1:]],
     *[(3, method) for method in (*VARIANTS, "distcl checkpointed")],
 ]
-# Largest gap of a gradient, of the largest gradient: sums in another order, of rounded numbers.
-GAP = {"bf16": 2e-2, "fp16": 5e-3}
+# Largest gap of a gradient, of the largest gradient: sums in another order, of rounded numbers. On
+# an H100 they were 1e-2, 2e-3 and 1e-6, as between two runs of plain PyTorch.
+GAP = {"bf16": 2e-2, "fp16": 5e-3, "fp32": 1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +54,12 @@ def trained(request, tmp_path_factory) -> Callable[[int, str], dict]:
 
 @pytest.mark.parametrize("stage, method", CASES)
 def test_the_engine_equals_plain_pytorch(stage, method, plain, trained, request):
-    half = method.split()[-1] in GAP
+    half = engine_config(stage, method).precision != "fp32"
     if half and request.node.callspec.params["trained"] > 1:
         pytest.skip("gradients of several workers are sums of rounded ones, which are other ones")
     initial, expected = plain(method)
     state = trained(stage, method)
-    gap = GAP.get(method.split()[-1], 1e-4)
+    gap = GAP[engine_config(stage, method).precision]
     assert_gradients_equal(state, expected, gap)
     for kind in ("student weight", "teacher weight", "statistics.0.mean"):
-        assert distance(state, expected, initial, kind) < 10 * gap, kind
+        assert distance(state, expected, initial, kind) < 20 * gap, kind
