@@ -42,15 +42,20 @@ class _GlobalBatchNorm(torch.autograd.Function):
         )
         means = ctx.sum_over_ranks(torch.cat([grad_bias, grad_weight]).double())
         mean_grad, mean_grad_xhat = (means / ctx.total).to(weight.dtype).chunk(2)
-        # dx = w/std (dy - mean(dy) - xhat mean(dy xhat)) is dy times a factor a channel plus an
-        # affine map of x, which is what batch-norm with given statistics does in one pass.
+        # dx = w/std (dy - mean(dy) - xhat mean(dy xhat)) is an affine map of dy and one of x, which
+        # is what batch-norm with given statistics does in one pass, of low precision too.
         factor = weight * inverse_std
         slope = -factor * inverse_std * mean_grad_xhat
         offset = -factor * mean_grad - slope * mean
-        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-        # Some versions of PyTorch refuse an eps of 0; this one added to 1 is 1.
-        dx = F.batch_norm(x, zero, one, slope, offset, False, 0.0, 1e-30)
-        return dx.addcmul_(grad, factor.view(1, -1, 1, 1)), grad_weight, grad_bias, None, None
+        dx = _affine(grad, factor, torch.zeros_like(offset)).add_(_affine(x, slope, offset))
+        return dx, grad_weight, grad_bias, None, None
+
+
+def _affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """slope x + offset, of x (B, C, H, W) and float32 numbers of its channels (C,)."""
+    zero, one = torch.zeros_like(slope), torch.ones_like(slope)
+    # Some versions of PyTorch refuse an eps of 0; this one added to 1 is 1.
+    return F.batch_norm(x, zero, one, slope, offset, False, 0.0, 1e-30)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

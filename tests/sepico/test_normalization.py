@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.nn import functional as F
 
 from sepico.normalization import _GlobalBatchNorm, set_batch_norm
 
@@ -28,6 +29,26 @@ def test_local_batch_norm_is_pytorch_s_own(layer, momentum):
             y.square().sum().backward()
             answers.append([y, x.grad, *network.state_dict().values(), network[0].weight.grad])
         assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_gradients_of_batch_norm_over_ranks_are_exact_in_both_precisions(dtype, tolerance):
+    """Of a rank that is alone, against PyTorch's own in float64."""
+    torch.manual_seed(0)
+    x = (torch.randn(3, 6, 15, 15) + 2).to(dtype).contiguous(memory_format=torch.channels_last)
+    affine, upstream = torch.randn(2, 6), torch.randn(x.shape).to(dtype)
+    answers = []
+    for number, function in (
+        (torch.float64, lambda x, w, b: F.batch_norm(x, None, None, w, b, True)),
+        (dtype, lambda x, w, b: _GlobalBatchNorm.apply(x, w, b, 1e-5, lambda sums: sums)[0]),
+    ):
+        images = x.to(number).requires_grad_()
+        parameters = affine.to(number if number == torch.float64 else torch.float32).unbind()
+        inputs = [images, *(p.clone().requires_grad_() for p in parameters)]
+        y = function(*inputs)
+        answers.append([y, *torch.autograd.grad(y, inputs, upstream.to(number))])
+    for exact, found in zip(*answers, strict=True):
+        assert (exact - found).abs().max() < tolerance * exact.abs().max()
 
 
 @pytest.mark.gpu
