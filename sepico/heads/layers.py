@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sepico.heads.winograd import Conv3x3Function
+
 
 def conv_norm_act(channels_in: int, channels_out: int, kernel: int = 1) -> nn.Sequential:
     """Convolution of kernel 1 or 3 (same padding), batch-norm, ReLU."""
@@ -31,11 +33,7 @@ def _conv1x1(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution (same padding) that learns faster on CPUs.
-
-    Where a CPU has no AVX-512 its kernel for the weight's gradient takes four times as long as the
-    one for the input's. Nine matrix products, one for each tap, do not.
-    """
+    """A 3x3 convolution (same padding), on CPUs in float32 in half the time of PyTorch's own."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1, bias=False)
@@ -44,37 +42,7 @@ class Conv3x3(nn.Conv2d):
         """(B, C_in, h, w) -> (B, C_out, h, w)."""
         if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        return _Conv3x3.apply(x, self.weight)
-
-
-class _Conv3x3(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, padding=1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x, _, _ = torch.ops.aten.convolution_backward(
-                *(grad, x, weight, None),
-                *([1, 1], [1, 1], [1, 1], False, [0, 0], 1),  # stride, padding, dilation ...
-                [True, False, False],
-            )
-        # Both in rows of w + 2 pixels, zeros around x and behind grad: what a tap reads of x is
-        # then one run of pixels, and rows and images that it runs into meet zeros of grad.
-        row = x.shape[3] + 2
-        pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).flatten(0, 2)
-        grads = F.pad(grad.permute(0, 2, 3, 1), (0, 0, 0, 2, 0, 2)).flatten(0, 2)
-        length = len(pixels) - 2 * row - 2
-        grad_weight = weight.new_empty(3, 3, *weight.shape[:2])
-        for i in range(3):
-            for j in range(3):
-                shifted = pixels[i * row + j :][:length]
-                torch.mm(grads[:length].t(), shifted, out=grad_weight[i, j])
-        return grad_x, grad_weight.permute(2, 3, 0, 1)
+        return Conv3x3Function.apply(x, self.weight)
 
 
 class DilatedDepthwiseConv(nn.Conv2d):

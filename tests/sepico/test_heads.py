@@ -29,7 +29,7 @@ def test_a_dilated_depthwise_convolution_by_phases_is_the_dilated_one(dilation, 
     assert_equal_with_gradients(layer(x), plain, [x, layer.weight])
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 4)])
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 4), (70, 6)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_3x3_convolution_has_the_gradients_of_the_plain_one(size, layout):
     torch.manual_seed(0)
