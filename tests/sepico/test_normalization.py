@@ -51,6 +51,17 @@ def test_gradients_of_batch_norm_over_ranks_are_exact_in_both_precisions(dtype, 
         assert (exact - found).abs().max() < tolerance * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_statistics_over_ranks_are_not_rounded_to_the_precision_of_the_images(dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(3, 6, 15, 15) + 2).to(dtype).contiguous(memory_format=torch.channels_last)
+    affine = torch.ones(6), torch.zeros(6)
+    _, mean, variance, _ = _GlobalBatchNorm.apply(x, *affine, 1e-5, lambda sums: sums)
+    exact_variance, exact_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    assert (mean - exact_mean).abs().max() < 1e-5
+    assert (variance - exact_variance).abs().max() < 1e-4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m gpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
