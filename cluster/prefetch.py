@@ -24,7 +24,7 @@ from cluster.reader import ShardReader
 # Threads that wait for object storage: enough to hide its latency, and they cost no CPU.
 REQUESTS_IN_FLIGHT = 32
 # The wide window, in encoded bytes and in samples; it is filled again when it is half empty.
-BUDGET_BYTES = 16 << 20
+BUDGET_BYTES = 12 << 20
 WINDOW = 256
 # Work taken from the sequence at a time: what lies side by side in it is read by one request.
 MERGE_WINDOW = 64
