@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from sepico.heads.layers import (
-    Conv1x1,
     DilatedDepthwiseConv,
     StagedConv1x1,
     conv_norm_act,
@@ -26,9 +25,12 @@ class SeparableASPP(nn.Module):
         super().__init__()
         width = sum(in_channels)
         self.dilations = dilations
-        # Without their ReLU, which follows on all of them at once: one tensor kept in place of two.
         self.branches = nn.ModuleList(
-            nn.Sequential(StagedConv1x1(in_channels, channels), nn.BatchNorm2d(channels))
+            nn.Sequential(
+                StagedConv1x1(in_channels, channels),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(inplace=True),
+            )
             if dilation == 1
             else nn.Sequential(
                 nn.Sequential(
@@ -36,7 +38,7 @@ class SeparableASPP(nn.Module):
                     nn.BatchNorm2d(width),
                     nn.ReLU(inplace=True),
                 ),
-                nn.Sequential(Conv1x1(width, channels), nn.BatchNorm2d(channels)),
+                conv_norm_act(width, channels),
             )
             for dilation in dilations
         )
@@ -53,7 +55,7 @@ class SeparableASPP(nn.Module):
             branch(features if dilation == 1 else whole)
             for branch, dilation in zip(self.branches, self.dilations, strict=True)
         ]
-        return self.bottleneck(torch.cat(outputs, 1).relu_())
+        return self.bottleneck(torch.cat(outputs, 1))
 
 
 class DAFormerHead(nn.Module):
