@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from sepico.config import BatchNormMode
 from sepico.rank_sum import RankSum
 
+BLOCK_PIXELS = 8192  # over which a float32 sum is exact to 1e-4 of a small standard deviation
+
 
 class _GlobalBatchNorm(torch.autograd.Function):
     """Normalise with the statistics of all ranks; gradients as if the batch were in one place."""
@@ -59,20 +61,33 @@ def _affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of x (B, C, H, W), float32 of low precision."""
+    """Mean and biased variance (C,) of x (B, C, H, W), in float32 or better."""
     if x.is_cuda:
         variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         return mean, variance
-    # On the CPU var_mean is a loop over scalars, 3 to 10 times as long as two vectorised passes.
     if x.dtype in (torch.bfloat16, torch.float16):
-        # PyTorch's own passes need no copy of x. Their float32 sums are off by up to 1e-3 of a
-        # standard deviation that is small beside the mean: less than what x is rounded by.
-        # Running statistics of float32, unused here, make the answer float32.
-        unused = torch.zeros(2, x.shape[1], device=x.device)
-        return torch.batch_norm_update_stats(x, *unused, 0.0)
+        return _moments_of_blocks(x)
+    # On the CPU var_mean is a loop over scalars, 3 to 10 times as long as two vectorised passes.
     count = x.numel() // x.shape[1]
     mean = x.sum((0, 2, 3)) / count
     return mean, (x - mean.view(1, -1, 1, 1)).square_().sum((0, 2, 3)) / count
+
+
+def _moments_of_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in float64, by PyTorch's own passes over x in low precision, without a copy of it.
+
+    They add one pixel after another in float32, which over a large image loses more than x is
+    rounded by: they get a block of pixels at a time.
+    """
+    rows = max(1, BLOCK_PIXELS // x.shape[3])
+    blocks = [block for image in x.split(1) for block in image.split(rows, 2)]
+    # Running statistics of float32, unused here, make the answer float32.
+    unused = torch.zeros(2, x.shape[1])
+    parts = [torch.batch_norm_update_stats(block, *unused, 0.0) for block in blocks]
+    means, variances = (torch.stack(part).double() for part in zip(*parts, strict=True))
+    share = means.new_tensor([block.numel() / x.numel() for block in blocks])[:, None]
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + (means - mean).square_())).sum(0)
 
 
 class _BatchStatistics:

@@ -33,14 +33,15 @@ def _conv1x1(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution (same padding), on CPUs in float32 in half the time of PyTorch's own."""
+    """A 3x3 convolution (same padding), on CPUs in float32 in 0.6 of the time of PyTorch's own."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, h, w) -> (B, C_out, h, w)."""
-        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        low = x.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu")
+        if x.device.type != "cpu" or low:
             return super().forward(x)
         return Conv3x3Function.apply(x, self.weight)
 

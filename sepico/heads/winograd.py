@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-TILES = 256  # that are transformed at once: 16 MiB of 1024 channels in float32
+# Tiles that are transformed at once. Of 1024 channels in float32 they are 16 MiB, and so are the
+# transformed kernels to 256: what a CPU's last cache holds.
+TILES = 256
 
 
 class Conv3x3Function(torch.autograd.Function):
@@ -50,13 +52,16 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
             outputs = whole[image, rows][y::2]
             torch.add(line[0] + line[1], line[2], out=outputs[:, ::2])
             torch.sub(line[1] - line[2], line[3], out=outputs[:, 1::2])
-    return whole[:, :height, :width].permute(0, 3, 1, 2)
+    # Of an odd size a copy: what follows is slow on a view.
+    return whole[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
 
 def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """The transpose of what `_convolve` does with the weight: (C_out, C_in, 3, 3)."""
     height, width = x.shape[2:]
-    grad = F.pad(grad.permute(0, 2, 3, 1), (0, 0, 0, width % 2, 0, height % 2))
+    grad = grad.permute(0, 2, 3, 1)
+    if height % 2 or width % 2:
+        grad = F.pad(grad, (0, 0, 0, width % 2, 0, height % 2))
     total = x.new_zeros(16, grad.shape[3], x.shape[1])
     for image, rows, tiles in _tiles(x):
         top, bottom = grad[image, rows][::2], grad[image, rows][1::2]
@@ -80,11 +85,10 @@ def _of(kernel: Tensor) -> Tensor:
 
 def _tiles(x: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
     """Image, rows of the output, and their transformed tiles (16, n, C) of x (B, C, h, w)."""
-    height, width = x.shape[2:]
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + width % 2, 1, 1 + height % 2))
-    height, width = padded.shape[1] - 2, padded.shape[2] - 2
+    height, width = (size + size % 2 for size in x.shape[2:])
     step = 2 * max(1, TILES // (width // 2))
-    for image, pixels in enumerate(padded):
+    for image, pixels in enumerate(x.permute(0, 2, 3, 1)):
+        pixels = F.pad(pixels, (0, 0, 1, 1 + width - x.shape[3], 1, 1 + height - x.shape[2]))
         for top in range(0, height, step):
             bottom = min(top + step, height)
             yield image, slice(top, bottom), _transformed(pixels[top : bottom + 2])
