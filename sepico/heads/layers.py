@@ -33,7 +33,7 @@ def _conv1x1(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution (same padding), on CPUs in float32 in 0.6 of the time of PyTorch's own."""
+    """A 3x3 convolution (same padding), by Winograd's tiles on CPUs in float32."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1, bias=False)
