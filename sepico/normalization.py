@@ -48,8 +48,13 @@ class _GlobalBatchNorm(torch.autograd.Function):
         # is what batch-norm with given statistics does in one pass, of low precision too.
         factor = weight * inverse_std
         slope = -factor * inverse_std * mean_grad_xhat
+        if not x.is_cuda:
+            slope = slope.to(x.dtype).to(slope.dtype)
         offset = -factor * mean_grad - slope * mean
-        dx = _affine(grad, factor, torch.zeros_like(offset)).add_(_affine(x, slope, offset))
+        if x.is_cuda:
+            dx = _affine(grad, factor, torch.zeros_like(offset)).add_(_affine(x, slope, offset))
+        else:
+            dx = _affine(grad, factor, offset).addcmul_(x, slope.to(x.dtype).view(1, -1, 1, 1))
         return dx, grad_weight, grad_bias, None, None
 
 
