@@ -212,13 +212,13 @@ class Storage:
         _claim_client(where)
         try:
             yield
-        except stores.NoCredentialsError:
-            raise StorageError(f"{self.url}: {self._no_credentials()}") from None
+        except stores.SettingsError as error:
+            raise StorageError(f"{self.url}: {error}") from None
         except (BaseError, OSError) as error:
             kind = StorageError
             if isinstance(error, FileNotFoundError):
                 kind = MissingObjectError
-            elif isinstance(error, DENIED):
+            elif isinstance(error, DENIED) and not _provider_failure(error):
                 kind = AccessDeniedError
             raise kind(f"{where}: {self._reason(error)}") from None
 
@@ -228,18 +228,16 @@ class Storage:
             return f"no bucket {self._bucket!r}: create it or fix the URL"
         if isinstance(error, FileNotFoundError):
             return "no such object"
+        if cause := _provider_failure(error):
+            return stores.aws_failure(cause)
         if isinstance(error, DENIED):
             return f"access denied: {stores.CREDENTIALS_FIX[self._scheme]}"
         if "token request" in text:  # the last link of the chain: a cloud machine's own identity
-            return self._no_credentials()
+            return stores.no_credentials(self._scheme)
         if "Account must be specified" in text:
             return "no storage account: set AZURE_STORAGE_ACCOUNT_NAME"
         # The first line only: the rest is the server's XML and the client's debug dump.
         return text.splitlines()[0].split(": <?xml")[0] if text else type(error).__name__
-
-    def _no_credentials(self) -> str:
-        provider = {"s3": "AWS", "gs": "Google", "az": "Azure"}[self._scheme]
-        return f"no {provider} credentials: {stores.CREDENTIALS_FIX[self._scheme]}"
 
 
 def open_storage(url: str, config: StorageConfig, patience: Patience | None = None) -> Storage:
@@ -290,6 +288,11 @@ def _split(url: str) -> tuple[str, str, str]:
         f"cannot read the URL {url!r}: use s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, "
         "az://CONTAINER/PREFIX or file:///FOLDER"
     )
+
+
+def _provider_failure(error: Exception) -> str:
+    """Why boto3 could not renew its keys, which the client reports as a refusal; else empty."""
+    return str(error).partition("for path External AWS credential provider: ")[2].split("\n")[0]
 
 
 def _claim_client(where: str) -> None:

@@ -8,7 +8,10 @@ service principal, workload or managed identity in the environment.
 from __future__ import annotations
 
 import os
+import ssl
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,30 +38,38 @@ CREDENTIALS_FIX = {
     "file": "change the folder's permissions",
 }
 CONNECT_TIMEOUT_S = 3
+AWS_ERRORS = (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
 # boto3 renews a role's keys when ten minutes of them are left, so whoever has just asked it may use
 # them for so long. The client would by default keep them for half an hour.
 KEYS_LAST = timedelta(minutes=10)
 
 
-class NoCredentialsError(ValueError):
-    """The provider's chain found no credentials."""
+class SettingsError(ValueError):
+    """What this machine's credentials, profile or certificates lack, in one line."""
+
+
+def no_credentials(scheme: str) -> str:
+    """The line for a chain that ends without credentials."""
+    provider = {"s3": "AWS", "gs": "Google", "az": "Azure"}[scheme]
+    return f"no {provider} credentials: {CREDENTIALS_FIX[scheme]}"
+
+
+def aws_failure(cause: str) -> str:
+    """The line for a chain that cannot be followed."""
+    return f"AWS credentials: {' '.join(cause.split())}: check the AWS_ variables and ~/.aws"
 
 
 def open_store(
     scheme: str, bucket: str, path: str, config: StorageConfig, patience: Patience
 ) -> ObjectStore:
-    """The client for the objects below `path`. Raises NoCredentialsError where that shows now."""
+    """The client for the objects below `path`. Raises SettingsError for what shows now."""
     if scheme == "file":
         return LocalStore(prefix=path)
     options: dict[str, Any] = {"prefix": path or None, "config": _options(scheme, config)}
     if scheme == "s3":
         if not config.anonymous:
-            try:
-                options["credential_provider"] = Boto3CredentialProvider(
-                    boto3.Session(), ttl=KEYS_LAST
-                )
-            except ValueError:
-                raise NoCredentialsError from None
+            with _settings_named():
+                options["credential_provider"] = _aws_credentials(boto3.Session())
         return S3Store(bucket, **options, **_client(config, patience))
     return {"gs": GCSStore, "az": AzureStore}[scheme](
         bucket, **options, **_client(config, patience)
@@ -94,7 +105,8 @@ def s3_endpoint(config: StorageConfig) -> str | None:
 def s3_region(config: StorageConfig) -> str:
     # Registering its handlers takes most of a session's 20 ms, and a setting needs none.
     session = botocore.session.Session(include_builtin_handlers=False)
-    return config.region or session.get_config_variable("region") or "us-east-1"
+    with _settings_named():
+        return config.region or session.get_config_variable("region") or "us-east-1"
 
 
 def s3_refusal(bucket: str, config: StorageConfig) -> str | None:
@@ -134,10 +146,11 @@ def abort_s3_uploads(bucket: str, prefix: str, config: StorageConfig) -> None:
 
 
 def _s3_admin(config: StorageConfig) -> Any:
-    """boto3's client, for what is no object. Raises NoCredentialsError."""
-    session = boto3.Session()  # a new one: boto3's default session keeps its first credentials
-    if not config.anonymous and session.get_credentials() is None:
-        raise NoCredentialsError
+    """boto3's client, for what is no object. Raises SettingsError."""
+    with _settings_named():
+        session = boto3.Session()  # a new one: boto3's default session keeps its first credentials
+        if not config.anonymous:
+            _aws_credentials(session)()  # what fails here is not the store's refusal
     return session.client(
         "s3",
         endpoint_url=s3_endpoint(config),
@@ -151,6 +164,23 @@ def _s3_admin(config: StorageConfig) -> Any:
             retries={"total_max_attempts": 2},
         ),
     )
+
+
+def _aws_credentials(session: boto3.Session) -> Boto3CredentialProvider:
+    """Follow the chain to its credentials; each call of what is returned gives those of now."""
+    try:
+        return Boto3CredentialProvider(session, ttl=KEYS_LAST)
+    except ValueError:
+        raise SettingsError(no_credentials("s3")) from None
+
+
+@contextmanager
+def _settings_named() -> Iterator[None]:
+    """Name the profile, file or service that botocore finds at fault."""
+    try:
+        yield
+    except (*AWS_ERRORS, OSError) as error:
+        raise SettingsError(aws_failure(str(error))) from None
 
 
 def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:
@@ -185,4 +215,14 @@ def _client(config: StorageConfig, patience: Patience) -> dict[str, Any]:
 
 
 def _ca_bundle(config: StorageConfig) -> str | None:
-    return config.ca_bundle or os.environ.get("AWS_CA_BUNDLE")
+    """The PEM file to trust. Raises SettingsError for one that cannot be read or holds nothing."""
+    bundle = config.ca_bundle or os.environ.get("AWS_CA_BUNDLE")
+    if bundle:
+        try:
+            ssl.create_default_context(cafile=bundle)
+        except OSError as error:
+            no_pem = isinstance(error, ssl.SSLError)
+            reason = "holds no PEM certificates" if no_pem else error.strerror
+            fix = "correct --storage.ca_bundle or AWS_CA_BUNDLE"
+            raise SettingsError(f"CA bundle {bundle}: {reason}: {fix}") from None
+    return bundle

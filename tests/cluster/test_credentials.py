@@ -10,7 +10,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from cluster.storage import StorageConfig, StorageError, open_storage, pyarrow_filesystem
+from cluster import ranges, stores
+from cluster.storage import (
+    AccessDeniedError,
+    StorageConfig,
+    StorageError,
+    open_storage,
+    pyarrow_filesystem,
+)
 from tests.cluster.object_server import ObjectServer, serving
 from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
@@ -53,17 +60,31 @@ def test_a_profile(s3, no_keys, monkeypatch, tmp_path):
     assert works(url, config)
 
 
-class _TokenService(BaseHTTPRequestHandler):
-    """Changes a web identity's token into the keys of the test server."""
+class _TokenService(HTTPServer):
+    """Changes a web identity's token into the keys of the test server, unless it is to fail."""
 
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _TokenHandler)
+        self.expiry = datetime.now(timezone.utc) + timedelta(days=1)
+        self.failures = 0
+
+
+class _TokenHandler(BaseHTTPRequestHandler):
     def do_POST(self):
         form = self.rfile.read(int(self.headers["Content-Length"])).decode()
         assert "Action=AssumeRoleWithWebIdentity" in form and "WebIdentityToken=my-token" in form
+        if self.server.failures:
+            self.server.failures -= 1
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        expiry = self.server.expiry.strftime("%Y-%m-%dT%H:%M:%SZ")
         body = (
             "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>"
             f"<AccessKeyId>{ACCESS_KEY}</AccessKeyId><SecretAccessKey>{SECRET_KEY}"
-            "</SecretAccessKey><SessionToken></SessionToken>"
-            "<Expiration>2099-01-01T00:00:00Z</Expiration></Credentials>"
+            f"</SecretAccessKey><SessionToken></SessionToken><Expiration>{expiry}</Expiration>"
+            "</Credentials>"
             "</AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
         ).encode()
         self.send_response(200)
@@ -75,14 +96,41 @@ class _TokenService(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_web_identity(s3, no_keys, monkeypatch, tmp_path):
+@pytest.fixture
+def token_service(no_keys, monkeypatch, tmp_path):
+    """What a web identity's token is sent to."""
     (tmp_path / "token").write_text("my-token")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/reader")
-    with serving(HTTPServer(("127.0.0.1", 0), _TokenService)) as service:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with serving(_TokenService()) as service:
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{service.server_port}")
-        url = s3.make_bucket("web-identity")
-        assert works(url, StorageConfig(endpoint=s3.endpoint))
+        yield service
+
+
+def test_a_web_identity(s3, token_service):
+    assert works(s3.make_bucket("web-identity"), StorageConfig(endpoint=s3.endpoint))
+
+
+def test_keys_that_cannot_be_renewed_for_a_moment_are_asked_for_again(
+    s3, token_service, monkeypatch
+):
+    monkeypatch.setattr(stores, "KEYS_LAST", timedelta(0))
+    for name in ("FIRST_PAUSE_S", "LONGEST_PAUSE_S"):
+        monkeypatch.setattr(ranges, name, 0.01)
+    url, config = s3.make_bucket("renewal"), StorageConfig(endpoint=s3.endpoint)
+    token_service.expiry = datetime.now(timezone.utc) + timedelta(minutes=5)  # renewed each time
+    assert works(url, config)
+    reader = ranges.RangeReader(open_storage(url, config, ranges.PATIENCE))
+    token_service.failures = 2
+    assert bytes(reader.read("object", 0, 1, lambda body: None)) == b"1"
+    assert reader.counters.take()["retries"] == 2
+    token_service.failures = 100
+    message = r"renewal/object: AWS credentials: .*503.*10 attempts"
+    with pytest.raises(StorageError, match=message) as caught:
+        reader.read("object", 0, 1, lambda body: None)
+    assert not isinstance(caught.value, AccessDeniedError) and "\n" not in str(caught.value)
+    assert "503" in next(refusals(url, config))
 
 
 class _MetadataService(BaseHTTPRequestHandler):
@@ -147,6 +195,29 @@ def test_a_public_bucket_is_read_without_a_signature(no_keys, scheme):
 def test_missing_credentials_are_said_with_the_fix(no_keys, url, message):
     for refusal in refusals(url):
         assert message in refusal and url in refusal
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"AWS_PROFILE": "typo"}, "profile (typo) could not be found"),
+        ({"AWS_ACCESS_KEY_ID": "key"}, "missing: AWS_SECRET_ACCESS_KEY"),
+        ({"AWS_CONFIG_FILE": __file__}, f"Unable to parse config file: {__file__}"),
+        (
+            {"AWS_WEB_IDENTITY_TOKEN_FILE": "/no/token", "AWS_ROLE_ARN": "arn:aws:iam::1:role/a"},
+            "No such file or directory: '/no/token'",
+        ),
+        ({"AWS_CA_BUNDLE": "/no/ca.pem"}, "CA bundle /no/ca.pem: No such file or directory"),
+        ({"AWS_CA_BUNDLE": __file__}, f"CA bundle {__file__}: holds no PEM certificates"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(no_keys, monkeypatch, variables, message):
+    if "AWS_CA_BUNDLE" in variables:  # read once there are keys
+        variables = variables | {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for refusal in refusals("s3://bucket/a"):
+        assert refusal.startswith("s3://bucket/a") and message in refusal
 
 
 def test_a_missing_azure_account_is_said(no_keys, monkeypatch):
