@@ -16,6 +16,7 @@ by `cluster.checkpoint_weights`.
 """
 
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from cluster.storage import MissingObjectError, Storage
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+WRITTEN = re.compile(rf"{FOLDER}/step-\d+-\d+/[^/]+")
 FORMAT_VERSION = 1
 READERS = 4  # files read at once
 
@@ -83,7 +85,7 @@ def delete_incomplete(storage: Storage) -> None:
     for key in storage.list(FOLDER):
         if not any(key.startswith(prefix) for prefix in complete):
             storage.delete(key)
-    storage.delete_unfinished()
+    storage.delete_unfinished(WRITTEN)
 
 
 def delete_checkpoint(storage: Storage, checkpoint: Checkpoint) -> None:

@@ -49,7 +49,8 @@ from cluster.storage import (
 )
 from sepico.taxonomies import Taxonomy
 
-SHARD_NAME = re.compile(r"shard-(?P<index>\d+)-.+\.arrow")
+SHARD_NAME = re.compile(r"shard-(?P<index>\d+)-[^/]+\.arrow")
+WRITTEN = re.compile(rf"{SHARD_NAME.pattern}|{re.escape(MANIFEST)}")
 
 
 @dataclass
@@ -136,7 +137,7 @@ def ingest(config: IngestConfig) -> Manifest:
         for name in storage.list():
             if SHARD_NAME.fullmatch(name) and name not in named:
                 storage.delete(name)
-        storage.delete_unfinished()
+        storage.delete_unfinished(WRITTEN)
     return read_manifest(storage)
 
 

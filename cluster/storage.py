@@ -163,18 +163,21 @@ class Storage:
         with self._errors_name(key), suppress(FileNotFoundError):
             obstore.delete(self._store, key)
 
-    def delete_unfinished(self) -> None:
-        """Remove what killed writers left: parts of objects, which `list` never shows.
+    def delete_unfinished(self, ours: re.Pattern[str]) -> None:
+        """Remove what killed writers left of objects whose whole key matches; `list` hides it.
 
-        For a place that nobody writes to meanwhile. In a bucket that lets us neither list nor
-        abort uploads they stay, for its lifecycle rules.
+        For objects that nobody writes meanwhile. What cannot be removed now stays, in a bucket for
+        its lifecycle rules: it is in nobody's way.
         """
         if self._scheme == "file":
-            for path in Path(self._path).rglob("*#*"):
-                if re.fullmatch(r".+#\d+", path.name):  # LocalStore writes NAME#1, then renames
-                    path.unlink(missing_ok=True)
+            root = Path(self._path)
+            with suppress(OSError):
+                for path in root.rglob("*#*"):  # LocalStore writes NAME#1, then renames
+                    key, _, number = path.relative_to(root).as_posix().rpartition("#")
+                    if number.isdecimal() and ours.fullmatch(key) and path.is_file():
+                        path.unlink()
         elif self._scheme == "s3":
-            stores.abort_s3_uploads(self._bucket, f"{self._path}/".lstrip("/"), self._config)
+            stores.abort_s3_uploads(self._bucket, f"{self._path}/".lstrip("/"), ours, self._config)
 
     def check(self) -> None:
         """Before work starts: does the store answer, does the bucket exist, are we let in?

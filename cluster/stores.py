@@ -8,10 +8,11 @@ service principal, workload or managed identity in the environment.
 from __future__ import annotations
 
 import os
+import re
 import ssl
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,19 +131,17 @@ def s3_refusal(bucket: str, config: StorageConfig) -> str | None:
     return None
 
 
-def abort_s3_uploads(bucket: str, prefix: str, config: StorageConfig) -> None:
-    """End the unfinished uploads below a prefix; where that is not allowed they stay."""
-    client = _s3_admin(config)
-    try:
+def abort_s3_uploads(
+    bucket: str, prefix: str, ours: re.Pattern[str], config: StorageConfig
+) -> None:
+    """End the unfinished uploads of keys that match below a prefix; where that fails they stay."""
+    with suppress(*AWS_ERRORS, SettingsError), closing(_s3_admin(config)) as client:
         pages = client.get_paginator("list_multipart_uploads")
         for page in pages.paginate(Bucket=bucket, Prefix=prefix):
             for upload in page.get("Uploads", []):
-                name = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-                client.abort_multipart_upload(Bucket=bucket, **name)
-    except botocore.exceptions.ClientError:
-        pass
-    finally:
-        client.close()
+                if ours.fullmatch(upload["Key"].removeprefix(prefix)):
+                    name = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    client.abort_multipart_upload(Bucket=bucket, **name)
 
 
 def _s3_admin(config: StorageConfig) -> Any:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pyarrow.fs
 import pytest
 
 from cluster import stores
+from cluster.ingest import WRITTEN
 from cluster.storage import (
     StorageConfig,
     StorageError,
@@ -106,9 +108,37 @@ def test_what_a_killed_writer_left_is_removed(storage, s3, tmp_path):
             assert writer.poll() is None
         writer.kill()
     assert unfinished()
-    storage.delete_unfinished()
+    storage.delete_unfinished(re.compile("folder/large"))
     assert not unfinished()
     assert storage.get("small") == b"kept"
+
+
+@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
+def test_what_is_not_an_ingest_s_own_stays_unfinished(storage, s3, tmp_path):
+    ours = ["manifest.arrow", "shard-00000-0-0.arrow"]
+    others = ["night/manifest.arrow", "night/shard-00000-0-0.arrow", "shard-0/a.arrow", "track"]
+    if storage.url.startswith("file:"):
+        root = tmp_path / "data"
+        for name in others + ours:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / f"{name}#2").write_bytes(b"part")
+        (root / "shard-00001-0-0.arrow#1").mkdir()
+    else:
+        bucket, client = storage.url.split("/")[2], s3.client()
+        for name in others + ours:
+            client.create_multipart_upload(Bucket=bucket, Key=f"some/prefix/{name}")
+    storage.delete_unfinished(WRITTEN)
+    if storage.url.startswith("file:"):
+        left = [str(path.relative_to(root))[:-2] for path in root.rglob("*#2")]
+    else:
+        uploads = client.list_multipart_uploads(Bucket=bucket)["Uploads"]
+        left = [upload["Key"].removeprefix("some/prefix/") for upload in uploads]
+    assert sorted(left) == others
+
+
+def test_what_is_left_unfinished_where_nobody_answers_is_no_error(unused_port):
+    config = StorageConfig(endpoint=f"http://127.0.0.1:{unused_port}")
+    open_storage("s3://bucket/a", config).delete_unfinished(WRITTEN)
 
 
 def test_a_storage_is_not_pickled(storage):
