@@ -21,7 +21,14 @@ from cluster.environment import ENVIRONMENT
 from cluster.evaluation import load_network
 from cluster.reader import ShardReader, open_reader
 from cluster.run_config import METRICS, load_config
-from cluster.storage import Storage, StorageConfig, StorageError, absolute_url, open_storage
+from cluster.storage import (
+    Storage,
+    StorageConfig,
+    StorageError,
+    absolute_url,
+    folder_and_key,
+    open_storage,
+)
 from cluster.training import run_url
 from sepico.embedding import draw_pixels, flatten_features, pixel_features
 from sepico.network import Segmentor
@@ -152,7 +159,7 @@ def check(config: ReportConfig) -> None:
     """Everything that can be known before work starts. Raises ValueError in one line."""
     runs = open_runs(config)
     _target(config, runs)
-    open_storage(_folder_and_key(config.to)[0], config.storage).check()
+    open_storage(folder_and_key(config.to)[0], config.storage).check()
 
 
 def report(config: ReportConfig) -> str:
@@ -180,15 +187,10 @@ def report(config: ReportConfig) -> str:
         sections.append(_embedding_section(config, runs, target))
     sections += [report_html.details(run) for run in runs]
     page = report_html.page("SePiCo: " + ", ".join(run.name for run in runs), sections)
-    folder, key = _folder_and_key(config.to)
+    folder, key = folder_and_key(config.to)
     store = open_storage(folder, config.storage)
     store.put(key, page.encode())
     return f"{store.url}/{key}"
-
-
-def _folder_and_key(url: str) -> tuple[str, str]:
-    folder, _, key = absolute_url(url).rpartition("/")
-    return folder, key
 
 
 def _target(config: ReportConfig, runs: list[ReportedRun]) -> ShardReader:

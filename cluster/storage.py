@@ -33,6 +33,8 @@ from obstore.store import ObjectStore
 from cluster import stores
 
 DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+BUCKET = re.compile(r"[\w.$-]+", re.ASCII)
+NO_KEY = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]")
 # The client's threads belong to the process that first used it.
 _client_process: int | None = None
 
@@ -92,7 +94,7 @@ class Storage:
     """
 
     def __init__(self, url: str, config: StorageConfig, patience: Patience) -> None:
-        self.url = absolute_url(url).rstrip("/")
+        self.url = absolute_url(url)
         self._config, self._patience = config, patience
         self._scheme, self._bucket, self._path = _split(self.url)
 
@@ -255,15 +257,23 @@ def open_storage(url: str, config: StorageConfig, patience: Patience | None = No
 
 def read_url(url: str, config: StorageConfig) -> bytes:
     """The one object at a URL or local path. Raises StorageError as `Storage.get` does."""
+    folder, key = folder_and_key(url)
+    return open_storage(folder, config).get(key)
+
+
+def folder_and_key(url: str) -> tuple[str, str]:
+    """Where the one object at a URL or local path lies: its folder's URL, and its key there."""
     url = absolute_url(url)
-    key = PurePosixPath(_split(url)[2]).name
-    return open_storage(url.rpartition("/")[0], config).get(key)
+    return url.rpartition("/")[0], PurePosixPath(_split(url)[2]).name
 
 
 def absolute_url(url: str) -> str:
-    """A local path as an absolute `file://` URL, so that it means the same everywhere."""
+    """A local path as an absolute `file://` URL, so that it means the same everywhere.
+
+    Ends with no slash, so that a key can be joined by one.
+    """
     if "://" in url:
-        return url
+        return re.sub(r"(?<=[^:/])/+$", "", url)
     if not url:
         raise StorageError("an empty storage URL: give s3://BUCKET/PREFIX or a folder")
     return Path(url).absolute().as_uri()
@@ -275,18 +285,28 @@ def pyarrow_filesystem(url: str, config: StorageConfig) -> tuple[pyarrow.fs.File
     Ray pickles the file system into every worker, so no credentials are put into it: each
     process finds its own.
     """
-    scheme, bucket, path = _split(absolute_url(url).rstrip("/"))
+    scheme, bucket, path = _split(absolute_url(url))
     filesystem = stores.arrow_filesystem(scheme, config, Patience())
     return filesystem, path if scheme == "file" else f"{bucket}/{path}".rstrip("/")
 
 
 def _split(url: str) -> tuple[str, str, str]:
-    """`s3://bucket/a/b` -> (s3, bucket, a/b); `file:///a/b` -> (file, "", /a/b)."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme == "file" and not parts.netloc:
-        return "file", "", urllib.parse.unquote(parts.path) or "/"
-    if parts.scheme in ("s3", "gs", "az") and parts.netloc:
-        return parts.scheme, parts.netloc, parts.path.strip("/")
+    """`s3://bucket/a/b` -> (s3, bucket, a/b); `file:///a/b` -> (file, "", /a/b).
+
+    A key may hold # and ?: they begin nothing here.
+    """
+    scheme, _, rest = url.partition("://")
+    bucket, _, path = rest.partition("/")
+    scheme = scheme.lower()
+    if scheme == "file" and not bucket:
+        return "file", "", f"/{urllib.parse.unquote(path)}"
+    if scheme in ("s3", "gs", "az") and BUCKET.fullmatch(bucket):
+        if path and NO_KEY.search(path):
+            raise StorageError(
+                f"cannot read the URL {url!r}: a name between slashes may not be empty, . or .., "
+                "nor hold control characters"
+            )
+        return scheme, bucket, path
     raise StorageError(
         f"cannot read the URL {url!r}: use s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, "
         "az://CONTAINER/PREFIX or file:///FOLDER"

@@ -21,6 +21,7 @@ from cluster.storage import (
     StorageConfig,
     StorageError,
     absolute_url,
+    folder_and_key,
     open_storage,
     pyarrow_filesystem,
 )
@@ -176,22 +177,47 @@ def test_readers_see_whole_objects_while_a_writer_replaces_them(storage):
 
 
 def test_urls():
-    assert absolute_url("s3://bucket/a") == "s3://bucket/a"
+    assert absolute_url("s3://bucket/a") == absolute_url("s3://bucket/a//") == "s3://bucket/a"
     assert absolute_url("file:///a/b") == "file:///a/b"
     assert absolute_url("/a/b") == "file:///a/b"
     assert absolute_url("a/b") == f"file://{os.getcwd()}/a/b"
 
 
-@pytest.mark.parametrize("url", ["ftp://host/a", "gs:///a", "s3:///a", "file://host/a", ""])
+@pytest.mark.parametrize(
+    "url", ["ftp://host/a", "gs:///a", "s3:///a", "s3://a b/c", "file://host/a", ""]
+)
 def test_a_url_nobody_can_read_is_refused(url):
     with pytest.raises(StorageError, match="s3://BUCKET/PREFIX"):
         open_storage(url, StorageConfig())
 
 
+@pytest.mark.parametrize("path", ["a//b", "/a", "a/../b", "./a", "a\nb"])
+def test_a_key_that_a_client_cannot_send_is_refused(path):
+    with pytest.raises(StorageError, match="a name between slashes may not be empty") as caught:
+        open_storage(f"s3://bucket/{path}", StorageConfig())
+    assert "\n" not in str(caught.value)
+
+
 def test_a_path_with_spaces_and_signs(tmp_path):
-    storage = open_storage(str(tmp_path / "a b#c%20"), StorageConfig())
+    storage = open_storage(str(tmp_path / "a b#c?%20"), StorageConfig())
     storage.put("x", b"1")
-    assert (tmp_path / "a b#c%20" / "x").read_bytes() == b"1"
+    assert (tmp_path / "a b#c?%20" / "x").read_bytes() == b"1"
+    assert open_storage(f"file://{tmp_path}/a b#c?%2520", StorageConfig()).get("x") == b"1"
+    folder, key = folder_and_key(str(tmp_path / "a b#c?%20" / "y %20#?"))
+    open_storage(folder, StorageConfig()).put(key, b"2")
+    assert (tmp_path / "a b#c?%20" / "y %20#?").read_bytes() == b"2"
+
+
+@pytest.mark.parametrize("storage", ["s3", "gs", "az"], indirect=True)
+def test_signs_in_a_url_are_part_of_the_key(storage):
+    for number in (1, 2):
+        place = open_storage(f"{storage.url}/day #{number}?a=%20", storage._config)
+        place.put("x", b"%d" % number)
+        assert place.list() == ["x"] and place.get("x") == b"%d" % number
+        filesystem, path = pyarrow_filesystem(place.url, storage._config)
+        with filesystem.open_input_stream(f"{path}/x") as stream:
+            assert stream.read() == b"%d" % number
+    assert storage.list() == ["day #1?a=%20/x", "day #2?a=%20/x"]
 
 
 def test_a_file_is_no_folder(tmp_path):
