@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import obstore
 import pyarrow as pa
@@ -112,11 +112,12 @@ class Storage:
             return obstore.get_range(self._store, key, start=offset, length=length)
 
     def put(self, key: str, data: bytes | pa.Buffer) -> None:
-        """Write an object at once: a reader sees the old bytes or the new ones, never a part."""
+        """Write an object at once: a reader sees the old bytes or the new ones, never a part.
+
+        It outlasts a power cut: an object put after it is never there without it.
+        """
         with self._errors_name(key):
-            if self._scheme == "file":
-                Path(self._path).mkdir(parents=True, exist_ok=True)
-            obstore.put(self._store, key, memoryview(data).cast("B"))
+            self._write(key, memoryview(data).cast("B"), "overwrite")
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object that is not there yet; False, and nothing written, if it is.
@@ -124,10 +125,8 @@ class Storage:
         Of several writers at once one gets True, or none where its reply was lost on the way.
         """
         with self._errors_name(key):
-            if self._scheme == "file":
-                Path(self._path).mkdir(parents=True, exist_ok=True)
             try:
-                obstore.put(self._store, key, data, mode="create")
+                self._write(key, memoryview(data), "create")
             except AlreadyExistsError:
                 return False
             return True
@@ -200,6 +199,14 @@ class Storage:
     def close(self) -> None:
         """Close the connections; a later request opens others."""
         self.__dict__.pop("_store", None)
+
+    def _write(self, key: str, data: memoryview, mode: Literal["create", "overwrite"]) -> None:
+        folder = Path(self._path)
+        if self._scheme == "file":
+            folder.mkdir(parents=True, exist_ok=True)
+        obstore.put(self._store, key, data, mode=mode)
+        if self._scheme == "file":
+            _sync(folder / key)
 
     @cached_property
     def _store(self) -> ObjectStore:
@@ -328,6 +335,18 @@ def _claim_client(where: str) -> None:
             f"{where}: this process was forked from one that had used object storage: "
             "start it with spawn"
         )
+
+
+def _sync(path: Path) -> None:
+    """Bring a file and its name onto the disk."""
+    with suppress(FileNotFoundError), path.open("rb") as file:  # a successor may have deleted it
+        os.fsync(file.fileno())
+    with suppress(OSError):  # not every file system or permission lets one sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _check_folder(url: str, folder: Path) -> None:

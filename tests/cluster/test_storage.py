@@ -142,6 +142,21 @@ def test_what_is_left_unfinished_where_nobody_answers_is_no_error(unused_port):
     open_storage("s3://bucket/a", config).delete_unfinished(WRITTEN)
 
 
+def test_a_file_and_its_name_are_on_the_disk_once_they_are_written(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if os.path.isdir(synced[-1]):
+            raise OSError("this file system syncs no folders")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    storage = open_storage(str(tmp_path), StorageConfig())
+    storage.put("a/shard", b"1")
+    storage.create("lease", b"2")
+    assert synced == [str(tmp_path / name) for name in ("a/shard", "a", "lease", "")]
+
+
 def test_a_storage_is_not_pickled(storage):
     with pytest.raises(TypeError, match="belongs to one process"):
         pickle.dumps(storage)
