@@ -25,9 +25,10 @@ from cluster.storage import (
 PATIENCE = Patience(stall_s=10, request_s=30, retries=0)
 ATTEMPTS = 10
 # The pause doubles with each failure: 45 s in all, in which a store recovers from an overload.
+# Damaged bytes are no sign of one: they lengthen no pause.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 20.0
 # Bytes that arrive damaged this often are damaged where they lie.
-DAMAGED_ATTEMPTS = 4
+DAMAGED_ATTEMPTS = 8
 
 
 class DamagedObjectError(StorageError):
@@ -86,7 +87,7 @@ class RangeReader:
                 damaged += 1
             if damaged == DAMAGED_ATTEMPTS:
                 raise DamagedObjectError(f"{reason} ({attempt} attempts)")
-            if attempt == ATTEMPTS or self._pause(attempt):
+            if attempt == ATTEMPTS or self._pause(attempt - damaged):
                 break
             self.counters.add(retries=1)
         raise StorageError(f"{reason} ({attempt} attempts)")
@@ -99,8 +100,8 @@ class RangeReader:
         """Close the connections, once no thread reads any more."""
         self._storage.close()
 
-    def _pause(self, attempt: int) -> bool:
-        """Wait before the next attempt; True when stopped meanwhile."""
-        pause = min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S)
+    def _pause(self, failures: int) -> bool:
+        """Wait after so many requests without bytes; True when stopped meanwhile."""
+        pause = min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)
         # Workers that failed together must not come back together.
         return self._stopped.wait(pause * random.uniform(0.5, 1.5))

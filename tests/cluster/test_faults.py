@@ -7,7 +7,7 @@ import torch
 from cluster import prefetch, ranges, reader
 from cluster.data import DataConfig
 from cluster.loader import TrainLoader, load_samples
-from cluster.ranges import RangeReader, ReadCounters
+from cluster.ranges import DamagedObjectError, RangeReader, ReadCounters
 from cluster.read_metrics import summarize
 from cluster.reader import LostSampleError, open_reader
 from cluster.storage import Patience, StorageConfig, StorageError, open_storage
@@ -83,7 +83,7 @@ def test_batches_are_those_of_a_store_without_faults(url, proxy, s3):
 
 @pytest.mark.parametrize(
     ("fault", "attempts", "lost"),
-    [("slow_down", 10, False), ("reset", 10, False), ("flip", 4, True)],
+    [("slow_down", 10, False), ("reset", 10, False), ("flip", 8, True)],
 )
 def test_a_store_that_stays_broken_is_an_error_with_the_key(url, proxy, fault, attempts, lost):
     faulty, counters = opened(url, proxy)
@@ -131,6 +131,17 @@ def test_pauses_double_up_to_a_limit_and_differ(tmp_path):
     nominal = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 20.0]
     factors = [pause / expected for pause, expected in zip(pauses, nominal, strict=True)]
     assert all(0.5 <= factor <= 1.5 for factor in factors) and len(set(factors)) == 9
+
+
+def test_damaged_bytes_lengthen_no_pause(tmp_path, monkeypatch):
+    pauses = []
+    storage = open_storage(str(tmp_path), StorageConfig())
+    storage.put("key", b"damaged")
+    damaged = RangeReader(storage)
+    monkeypatch.setattr(damaged._stopped, "wait", pauses.append)
+    with pytest.raises(DamagedObjectError, match=r"bad \(8 attempts\)"):
+        damaged.read("key", 0, 1, lambda body: "bad")
+    assert len(pauses) == 7 and max(pauses) < ranges.FIRST_PAUSE_S
 
 
 def test_stopping_ends_a_read_that_waits_to_be_repeated(url, proxy, monkeypatch):
