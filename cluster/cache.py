@@ -5,6 +5,10 @@ nobody waits for the cache. A shard appears under its name by a rename, whole. U
 `.part` file that its writer holds locked; the kernel drops the lock when the writer dies, so an
 unlocked `.part` is litter and is removed. Places are given out under the folder's own lock. The
 names carry the content (shards are named by it), so nothing in the folder is ever out of date.
+
+A worker asks for a missing shard again, whether its download failed, the worker that had begun it
+died, or another job's shards made it go. The pauses double, so that neither a broken store nor data
+that do not fit into the cache cost more than a few downloads of each shard.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ DOWNLOAD_BYTES = 8 << 20
 # A shard that some worker read this recently is in use. Evicting it for another one of the same
 # data set would only move bytes: where the data do not fit, a share of them stays.
 IDLE_S = 60
+# From asking for a shard the first time to the second; each later pause is twice the one before.
+FIRST_PAUSE_S = 60
 
 
 class ShardCache:
@@ -42,7 +48,7 @@ class ShardCache:
     def __init__(self, folder: str, limit: int) -> None:
         self._folder, self._limit = Path(folder).expanduser(), limit
         self._downloads = ThreadPoolExecutor(1, thread_name_prefix="cache")
-        self._asked: set[Path] = set()
+        self._asked: dict[Path, tuple[float, float]] = {}  # next time, pause after it
         self._lock = threading.Lock()
         self._closed = threading.Event()
         try:
@@ -59,7 +65,8 @@ class ShardCache:
             self._ask(ranges, shard, path)
             return None
         try:
-            os.utime(file)
+            with suppress(OSError):  # another user's shard, or a folder that is read-only
+                os.utime(file)
             return pa.py_buffer(os.pread(file, length, offset))
         except OSError:
             return None
@@ -69,9 +76,12 @@ class ShardCache:
     def drop(self, ranges: RangeReader, shard: Shard) -> None:
         """Forget a shard that turned out damaged: it is downloaded again."""
         path = self._path(ranges, shard)
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._give_up(error)
         with self._lock:
-            self._asked.discard(path)
+            self._asked.pop(path, None)
 
     def close(self) -> None:
         """Stop downloading; returns when no thread and no unfinished file of ours is left."""
@@ -85,9 +95,11 @@ class ShardCache:
 
     def _ask(self, ranges: RangeReader, shard: Shard, path: Path) -> None:
         with self._lock:
-            if path in self._asked or self._closed.is_set():
+            now = time.monotonic()
+            due, pause = self._asked.get(path, (now, FIRST_PAUSE_S))
+            if now < due or self._closed.is_set():
                 return
-            self._asked.add(path)
+            self._asked[path] = now + pause, 2 * pause
             self._downloads.submit(self._download, ranges, shard, path)
 
     def _download(self, ranges: RangeReader, shard: Shard, path: Path) -> None:
@@ -96,16 +108,16 @@ class ShardCache:
             file = self._reserve(path, part, shard.size)
             if file is None:
                 return
-            whole = False
-            try:
-                whole = self._fill(ranges, shard, file)
-            finally:
-                with self._folder_lock():
-                    if whole:
-                        part.rename(path)
-                    else:
-                        part.unlink()
-                os.close(file)
+            with os.fdopen(file, "wb"):
+                whole = False
+                try:
+                    whole = self._fill(ranges, shard, file)
+                finally:
+                    with self._folder_lock():
+                        if whole:
+                            part.rename(path)
+                        else:
+                            part.unlink()
         except StorageError:
             pass  # whoever needs a sample of it streams, and reports what is wrong
         except OSError as error:
@@ -132,8 +144,8 @@ class ShardCache:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 os.posix_fallocate(file, 0, size)
             except OSError:
-                part.unlink()
                 os.close(file)
+                part.unlink()
                 raise
             return file
 

@@ -3,8 +3,12 @@
 import fcntl
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
+import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from cluster.loader import TrainLoader
 from cluster.manifest import read_manifest
 from cluster.ranges import RangeReader, ReadCounters
 from cluster.reader import ShardReader
-from cluster.storage import StorageConfig, open_storage
+from cluster.storage import StorageConfig, StorageError, open_storage
 from tests.processes import fork_context
 
 CONFIG = StorageConfig()
@@ -187,6 +191,46 @@ def _stall_in_download(url, folder, connection):
     worker.finish_downloads()
 
 
+@pytest.mark.parametrize("loss", ["its download failed", "its writer died", "it was evicted"])
+def test_a_missing_shard_is_asked_for_again(worker, tmp_path, monkeypatch, loss):
+    monkeypatch.setattr(cache_module, "FIRST_PAUSE_S", 0)
+    one = worker()
+    if loss == "its download failed":
+        with monkeypatch.context() as outage:
+            outage.setattr(ShardCache, "_fill", _fail)
+            one.read(0)
+            one.finish_downloads()
+    elif loss == "its writer died":
+        shard = one.manifest.shards[0]
+        path = one.cache._path(one.reader._ranges, shard)
+        other = one.cache._reserve(path, path.with_suffix(".part"), shard.size)
+        one.read(0)
+        one.finish_downloads()
+        os.close(other)  # the lock goes, as when its process ends
+    else:
+        one.read(0)
+        one.finish_downloads()
+        make_idle(tmp_path).unlink()
+    assert one.read(0)[1] == 0
+    one.finish_downloads()
+    assert one.read(0)[1] == 1 and len(files(tmp_path)) == 1
+
+
+def _fail(*_):
+    raise StorageError("503")
+
+
+def test_pauses_before_a_shard_is_asked_for_again_double(worker, monkeypatch):
+    tries = []
+    monkeypatch.setattr(ShardCache, "_fill", lambda *_: tries.append(now) or _fail())
+    monkeypatch.setattr(cache_module.time, "monotonic", lambda: now)
+    one = worker()
+    for now in range(0, 1000, 20):  # noqa: B007
+        one.read(0)
+        one.finish_downloads()
+    assert tries == [0, 60, 180, 420, 900]
+
+
 def test_workers_download_a_shard_once(url, tmp_path):
     with fork_context().Pool(3) as pool:
         counts = pool.starmap(_read_all_twice, [(url, str(tmp_path / "cache"))] * 3)
@@ -215,13 +259,14 @@ def _read_all_twice(url, folder):
     return downloaded
 
 
-@pytest.mark.parametrize("call", ["posix_fallocate", "write"])
-def test_a_full_disk_is_one_warning_and_streaming(worker, tmp_path, monkeypatch, call):
+def test_a_disk_that_fills_up_in_a_download_is_one_warning(worker, tmp_path, monkeypatch):
+    """Where the file system could not reserve the bytes."""
+
     def full(*_):
         raise OSError(28, "No space left on device")
 
     one = worker()
-    monkeypatch.setattr(cache_module.os, call, full)
+    monkeypatch.setattr(cache_module.os, "write", full)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for index in (0, 5, 10):
@@ -240,6 +285,71 @@ def test_a_folder_that_cannot_be_made_is_a_warning(url, tmp_path):
         one = Worker(url, tmp_path / "file" / "cache")
     assert one.read(0) == (["frame000"], 0)
     one.close()
+
+
+def test_a_full_disk_is_one_warning_and_streaming(url, tmp_path):
+    with fork_context().Pool(1) as pool:
+        messages, hits = pool.apply(_read_with_a_small_disk, (url, str(tmp_path / "cache")))
+    assert hits == 0
+    assert len(messages) == 1 and "File too large: samples are streamed" in messages[0]
+    assert files(tmp_path) == []
+
+
+def _read_with_a_small_disk(url, folder):
+    worker = Worker(url, folder)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in (0, 5, 10):
+            worker.read(index)
+            worker.finish_downloads()
+        keys, hits = worker.read(*range(12))
+    worker.close()
+    assert keys == [f"frame{i:03d}" for i in range(12)]
+    return [str(w.message) for w in caught if "data.cache" in str(w.message)], hits
+
+
+def test_who_may_not_write_reads_the_cache_and_streams_what_is_damaged_in_it(url):
+    with tempfile.TemporaryDirectory() as place, fork_context().Pool(1) as pool:
+        shutil.copytree(url, f"{place}/data")
+        folder = Path(place, "cache")
+        one = Worker(f"{place}/data", folder)
+        one.read(0)
+        one.finish_downloads()
+        one.close()
+        (path,) = folder.glob("*.arrow")
+        data = bytearray(path.read_bytes())
+        data[one.manifest.offsets[2] + 200] ^= 1
+        path.write_bytes(data)
+        for path in (Path(place), Path(place, "data")):
+            path.chmod(0o755)
+        folder.chmod(0o555)
+        whole, damaged, messages = pool.apply(_read_only, (f"{place}/data", str(folder)))
+        folder.chmod(0o755)
+    assert whole == (["frame000"], 1) and damaged == (["frame002"], 0)
+    assert len(messages) == 1 and "Permission denied: samples are streamed" in messages[0]
+
+
+def _read_only(url, folder):
+    worker = Worker(url, folder)
+    worker.read(0)  # imports what it needs
+    if os.getuid() == 0:  # whom permissions do not stop
+        os.setuid(65534)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = worker.read(0), worker.read(2)
+    worker.close()
+    return *found, [str(w.message) for w in caught if "data.cache" in str(w.message)]
+
+
+def test_a_folder_removed_in_a_download_leaves_no_file_open(worker, tmp_path, monkeypatch):
+    one = worker()
+    monkeypatch.setattr(ShardCache, "_fill", lambda *_: shutil.rmtree(tmp_path / "cache"))
+    with pytest.warns(UserWarning, match="samples are streamed"):
+        one.read(0)
+        one.finish_downloads()
+    opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [name for name in opened if ".part" in name]
 
 
 def test_closing_stops_a_download_and_leaves_nothing(worker, tmp_path, monkeypatch):
