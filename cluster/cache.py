@@ -46,7 +46,7 @@ class ShardCache:
     """
 
     def __init__(self, folder: str, limit: int) -> None:
-        self._folder, self._limit = Path(folder).expanduser(), limit
+        self._folder, self._limit = Path(folder), limit
         self._downloads = ThreadPoolExecutor(1, thread_name_prefix="cache")
         self._asked: dict[Path, tuple[float, float]] = {}  # next time, pause after it
         self._lock = threading.Lock()

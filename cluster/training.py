@@ -110,12 +110,15 @@ def _train(
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in what the data decides, make URLs absolute, and check everything against the data."""
+    """Fill in what the data decides, make places absolute, and check all against the data."""
     check_set(config.data)
+    cache = config.data.cache
     data = replace(
         config.data,
         source=absolute_url(config.data.source),
         target=absolute_url(config.data.target),
+        # Ray's workers run in a folder of their own.
+        cache=cache and str(Path(cache).expanduser().absolute()),
     )
     validation = config.validation
     if validation.data:
@@ -147,7 +150,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         )
     weights = config.model.encoder_weights
     if weights not in (None, "imagenet"):
-        weights = str(Path(weights).absolute())  # Ray's workers run in a folder of their own
+        weights = str(Path(weights).absolute())
     model = replace(config.model, num_classes=found, encoder_weights=weights)
     engine = replace(config.engine, deepspeed=read_deepspeed(config.engine.deepspeed))
     return replace(config, model=model, engine=engine)

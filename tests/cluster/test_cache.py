@@ -15,12 +15,14 @@ import torch
 
 from cluster import cache as cache_module
 from cluster.cache import ShardCache
+from cluster.config import TrainConfig
 from cluster.data import DataConfig
 from cluster.loader import TrainLoader
 from cluster.manifest import read_manifest
 from cluster.ranges import RangeReader, ReadCounters
 from cluster.reader import ShardReader
 from cluster.storage import StorageConfig, StorageError, open_storage
+from cluster.training import resolve
 from tests.processes import fork_context
 
 CONFIG = StorageConfig()
@@ -385,6 +387,12 @@ def test_batches_are_the_same_with_and_without_a_cache(url, tmp_path):
         assert torch.equal(plain.source_image, cold.source_image)
         assert torch.equal(plain.source_image, warm.source_image)
         assert torch.equal(plain.target_image, warm.target_image)
+
+
+def test_a_relative_folder_is_below_where_the_job_was_started(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = DataConfig(url, url, crop_height=32, crop_width=40, rcs_min_pixels=60, cache="cache")
+    assert resolve(TrainConfig(data=data)).data.cache == str(tmp_path / "cache")
 
 
 def test_a_cache_smaller_than_a_shard_is_refused(url, tmp_path):
