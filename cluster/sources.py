@@ -70,9 +70,12 @@ def read_image(path: Path) -> tuple[bytes, torch.Tensor]:
     """The file's bytes and the decoded (3, H, W) uint8 image."""
     data = read_file(path)
     try:
-        return data, decode_image(_tensor(data), mode=ImageReadMode.RGB)
+        image = decode_image(_tensor(data), mode=ImageReadMode.RGB)
     except (RuntimeError, ValueError):
         raise ValueError(f"{path} does not decode as an image: replace it") from None
+    if image.dtype != torch.uint8:
+        raise ValueError(f"{path} is a 16-bit PNG: convert it to 8 bits a channel")
+    return data, image
 
 
 def read_label(path: Path, taxonomy: Taxonomy, coding: LabelCoding = TRAIN_IDS) -> torch.Tensor:

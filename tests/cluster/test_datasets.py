@@ -1,6 +1,7 @@
 """Every published layout, made small in its own file formats, comes out as train ids."""
 
 import io
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -312,6 +313,17 @@ def test_a_label_of_another_format_is_refused(tmp_path):
     write_16_bit(label, np.full((*SIZE, 3), 256, np.uint16))
     with pytest.raises(ValueError, match=r"holds the value 256: label ids are 0\.\.255"):
         read_label(label, CITYSCAPES_19, DATASETS["synthia"].coding)
+
+
+@pytest.mark.parametrize("size", [None, (6, 10)])
+@pytest.mark.parametrize("folder", ["images", "references"])
+def test_a_16_bit_image_is_refused(make_folder, tmp_path, folder, size):
+    root = make_folder(tmp_path / "data", count=2, size=(16, 24))
+    shutil.copytree(root / "images", root / "references", dirs_exist_ok=True)
+    (root / folder / "frame001.jpg").unlink()
+    write_16_bit(root / folder / "frame001.png", np.full((16, 24, 3), 30000, np.uint16))
+    with pytest.raises(ValueError, match=rf"{folder}/frame001.png is a 16-bit PNG: convert it to"):
+        rows_of(sources_of("folder", root), size=size)
 
 
 def test_sub_folders_of_a_folder_of_one_s_own_are_followed(make_folder, tmp_path):
