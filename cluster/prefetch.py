@@ -1,10 +1,10 @@
 """Work that runs ahead of its consumer: bytes fetched by many requests, decoding in threads.
 
-Two windows lie before the consumer. The wide one holds bytes, asked for or there, up to a budget:
-it hides the store's latency. The narrow one holds decoded results, which are ten times as large.
-Both move only when the consumer takes a result, and results come strictly in order. Threads, not
-processes, decode: torch and the store's client release the GIL, so no sample is copied between
-processes.
+Two windows lie before the consumer. The narrow one holds results, decoded or about to be: always as
+many as were asked for, however large they are. The wide one, behind it, holds bytes, a tenth as
+large, asked for or there, up to a budget: it hides the store's latency. Both move only when the
+consumer takes a result, and results come strictly in order. Threads, not processes, decode: torch
+and the store's client release the GIL, so no sample is copied between processes.
 """
 
 from __future__ import annotations
@@ -62,24 +62,23 @@ class Prefetcher(Iterator[T]):
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._requests: deque[Future] = deque()
         self._fetching: deque[_Pending[T]] = deque()
-        self._decoding: deque[tuple[int, Future[T]]] = deque()
-        self._nbytes = 0
+        self._decoding: deque[Future[T]] = deque()
+        self._nbytes = 0  # of the wide window
         self.wait_seconds = 0.0
 
     @property
     def ready(self) -> int:
         """Results that are there already."""
-        return sum(future.done() for _, future in self._decoding)
+        return sum(future.done() for future in self._decoding)
 
     def __next__(self) -> T:
         self._fill()
         if not self._decoding:
             raise StopIteration
-        nbytes, future = self._decoding.popleft()
+        future = self._decoding.popleft()
         begin = time.perf_counter()
         result = future.result()
         self.wait_seconds += time.perf_counter() - begin
-        self._nbytes -= nbytes
         return result
 
     def close(self) -> None:
@@ -93,15 +92,13 @@ class Prefetcher(Iterator[T]):
         self._decoding.clear()
 
     def _fill(self) -> None:
-        if self._fullness() <= 0.5:
-            while self._fullness() < 1 and self._requests_in_flight() < REQUESTS_IN_FLIGHT:
-                works = self._take()
-                if not works:
-                    break
-                self._fetching.extend(self._request(works))
-        while self._fetching and len(self._decoding) < self._ahead:
+        while len(self._decoding) < self._ahead and (self._fetching or self._request_more()):
             pending = self._fetching.popleft()
-            self._decoding.append((pending.nbytes, self._decoders.submit(pending.run)))
+            self._nbytes -= pending.nbytes
+            self._decoding.append(self._decoders.submit(pending.run))
+        room = self._fullness() <= 0.5
+        while self._requests_in_flight() < REQUESTS_IN_FLIGHT and room:
+            room = self._request_more() and self._fullness() < 1
 
     def _fullness(self) -> float:
         return max(self._nbytes / BUDGET_BYTES, len(self._fetching) / WINDOW)
@@ -111,23 +108,23 @@ class Prefetcher(Iterator[T]):
             self._requests.popleft()
         return len(self._requests)
 
-    def _take(self) -> list[Work[T]]:
-        """The next work, as much as is looked at together."""
+    def _request_more(self) -> bool:
+        """Ask for the next work's bytes, as much as is looked at together; False at the end."""
         works = []
         for work in islice(self._works, MERGE_WINDOW):
             works.append(work)
             self._nbytes += _nbytes(work)
             if self._nbytes >= BUDGET_BYTES:
                 break
-        return works
-
-    def _request(self, works: list[Work[T]]) -> list[_Pending[T]]:
         payloads = {}
         for reader, indices in merge_neighbours(read for work in works for read in work.reads):
             request = self._fetchers.submit(reader.fetch, indices)
             self._requests.append(request)
             payloads |= {(reader, i): (request, place) for place, i in enumerate(indices)}
-        return [_Pending(w, _nbytes(w), [payloads[read] for read in w.reads]) for w in works]
+        for work in works:
+            reads = [payloads[read] for read in work.reads]
+            self._fetching.append(_Pending(work, _nbytes(work), reads))
+        return bool(works)
 
 
 def merge_neighbours(

@@ -106,9 +106,32 @@ def test_bytes_ahead_stay_within_the_budget(reader, monkeypatch):
     for turn, length in enumerate(stream):
         assert length == lengths[turn % 12]
         ahead = sum(int(lengths[i % 12]) for i in taken[turn:])
-        assert ahead <= 7 * largest  # the budget and the sample that filled it
+        assert ahead <= 9 * largest  # two results, the budget and the sample that filled it
     assert len(taken) == 200
     stream.close()
+
+
+def test_results_are_prepared_ahead_however_large_they_are(reader, monkeypatch):
+    monkeypatch.setattr(prefetch, "BUDGET_BYTES", 1)
+    prepared = threading.Semaphore(0)
+    works = (Work([(reader, i)], lambda payload: prepared.release()) for i in range(12))
+    stream = Prefetcher(works, threads=2, ahead=5)
+    next(stream)
+    # Nobody takes another one meanwhile.
+    assert all(prepared.acquire(timeout=10) for _ in range(5))
+    stream.close()
+
+
+def test_neighbours_are_merged_while_windows_move(reader, monkeypatch):
+    monkeypatch.setattr(prefetch, "BUDGET_BYTES", 8 * int(reader.manifest.lengths.max()))
+    stand_in = StandIn(reader.manifest)
+    counts, fetch = [], stand_in.fetch
+    stand_in.fetch = lambda indices: counts.append(len(indices)) or fetch(indices)
+    works = (Work([(stand_in, turn % 12)], len) for turn in range(240))
+    stream = Prefetcher(works, threads=2, ahead=2)
+    assert len(list(stream)) == 240
+    stream.close()
+    assert sum(counts) == 240 and len(counts) < 120
 
 
 def test_many_requests_are_in_flight_at_once(reader, monkeypatch):
