@@ -80,8 +80,10 @@ class TrainConfig(MethodConfig):
             contrast temperature, weights and (shorter) bank_length.
         workers: Ray Train workers; one GPU each where the cluster has GPUs. A number, or an
             elastic range {min: 2, max: 8}, whose workers may share a global batch unevenly.
-        cpus_per_worker: CPU cores and compute threads of a worker; 0 shares the cluster's out.
-        placement_timeout: Seconds to wait for a cluster that grows to hold the workers.
+        cpus_per_worker: CPU cores and compute threads of a worker; 0 shares the cluster's out, as
+            it is when the run starts.
+        placement_timeout: Seconds to wait for a cluster that grows to hold the workers. If it
+            starts empty, its first node decides whether they train on GPUs.
         max_failures: Restarts from the last checkpoint after a lost worker.
         hang_timeout: Seconds without a step (or an image of a validation) after which a worker
             counts as hanging: it writes its stack traces, and the group is restarted. Ray itself

@@ -237,11 +237,12 @@ def evaluate_tasks(
                 f"{manifest.taxonomy.num_classes}"
             )
     connect_ray()
-    cpus = place(workers)
+    group = WorkerRange(workers, workers)
+    cpus = place(group)
     results = launch(
         "cluster.inference:evaluate_worker",
         {"tasks": tasks, "storage": storage, "cpus": cpus, "output": output},
-        workers=WorkerRange(workers, workers),
+        workers=group,
         cpus=cpus,
         storage=storage,
         folder=f"{output.folder}/evaluation/ray",

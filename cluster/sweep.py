@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-from cluster.config import TrainConfig
+from cluster.config import TrainConfig, WorkerRange
 from cluster.lease import hold_lease
 from cluster.storage import StorageError, open_storage
 from cluster.sweep_config import SearchConfig, SweepConfig, make_plan
@@ -92,8 +92,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Point:
 def _place(plan: Plan, search: SearchConfig) -> tuple[Plan, int]:
     """With a worker's cores filled in, and how many trials run at a time."""
     workers, cpus = plan.base.worker_range.max, plan.base.cpus_per_worker
-    place(workers, cpus, plan.base.placement_timeout)
+    place(WorkerRange(workers, workers), cpus, plan.base.placement_timeout)
     most = room(cpus or 1) // workers
     concurrent = min(search.concurrent or most, most)
-    cpus = place(workers * concurrent, cpus)
+    at_a_time = workers * concurrent
+    cpus = place(WorkerRange(at_a_time, at_a_time), cpus)
     return replace(plan, base=replace(plan.base, cpus_per_worker=cpus)), concurrent

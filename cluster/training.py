@@ -2,7 +2,6 @@
 
 import json
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,9 @@ def train(
     if pauses is None:  # a search has checked its networks before its first trial
         check_network(config)
     connect_ray()
+    cpus = place(config.worker_range, config.cpus_per_worker, config.placement_timeout)
     if config.engine.precision == "fp16" and not use_gpu():
         raise ValueError("engine.precision fp16 needs GPUs: take bf16 or fp32")
-    cpus = _place_range(config)
     with hold_lease(run) as lease:
         check_continuation(run, wanted)  # once more: another writer may have begun the run since
         newest = check_newest(run, fall_back=config.fall_back)
@@ -159,12 +158,3 @@ def resolve(config: TrainConfig) -> TrainConfig:
 def run_url(run: str, runs: str) -> str:
     """URL of a run: `run` itself if it is a URL or path, else a folder below `runs`."""
     return absolute_url(run if "/" in run else f"{runs.rstrip('/')}/{run}")
-
-
-def _place_range(config: TrainConfig) -> int:
-    """CPU cores of a worker: those that most workers have, else those that the fewest need."""
-    fewest, most = config.worker_range.min, config.worker_range.max
-    if fewest < most:
-        with suppress(ValueError):
-            return place(most, config.cpus_per_worker)
-    return place(fewest, config.cpus_per_worker or int(fewest < most), config.placement_timeout)

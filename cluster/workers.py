@@ -6,13 +6,13 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
 import ray
 import ray.train
-from ray.autoscaler.sdk import request_resources
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
 )
@@ -35,6 +35,7 @@ from cluster.trial_groups import run_in_actor
 UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)
 CONNECT_TIMEOUT_S = 5
 ABORT_TIMEOUT_S = 15
+REQUEST_EXPIRES_S = 60  # of a job that was killed while it waited
 
 
 def connect_ray() -> None:
@@ -79,54 +80,74 @@ def _check_address(address: str) -> None:
         ) from None
 
 
-def place(workers: int, cpus: int = 0, timeout: float = 0) -> int:
-    """CPU cores of each of `workers`, once the cluster can hold all of them.
+def place(workers: WorkerRange, cpus: int = 0, timeout: float = 0) -> int:
+    """CPU cores of each worker, once the cluster can hold the fewest of `workers`.
 
-    `cpus` 0 takes the largest number that fits. Waits up to `timeout` seconds for a cluster that
-    grows, then raises ValueError that says what was asked and what is there.
+    `cpus` 0 takes the largest number that leaves room for as many as there can be. Workers get a
+    GPU each if any node that is there has one: the first node of a cluster that starts empty tells
+    what the others are asked for with.
+
+    Waits up to `timeout` seconds for a cluster that grows, then raises ValueError that says what
+    was asked and what is there.
     """
-    # An actor that the first group of a cluster asks for room: its process starts meanwhile.
-    get_or_create_autoscaling_coordinator()
+    # An actor that the first group of a cluster asks for room: its process starts meanwhile. It
+    # repeats all that it is asked for to the autoscaler, and overwrites what others ask there.
+    coordinator = get_or_create_autoscaling_coordinator()
+    requester = f"place-{uuid.uuid4().hex}"
     deadline = time.monotonic() + timeout
-    if timeout:  # an autoscaler grows for what is asked for, not for who waits
-        bundle = {"CPU": cpus or 1, **({"GPU": 1} if use_gpu() else {})}
-        request_resources(bundles=[bundle] * workers)
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = use_gpu()
-        largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
-        for count in [cpus] if cpus else range(largest, 0, -1):
-            if sum(_slots(node, count, gpus) for node in nodes) >= workers:
-                return count
-        if time.monotonic() > deadline:
-            break
+    least = cpus or 1
+    while (most := _room(nodes := _nodes(), least)) < workers.min:
+        bundle = {"CPU": least, **({"GPU": 1} if _have_gpus(nodes) else {})}
+        if time.monotonic() >= deadline:
+            coordinator.cancel_request.remote(requester)
+            there = ", ".join(f"{_count(n, 'CPU')} CPU {_count(n, 'GPU')} GPU" for n in nodes)
+            raise ValueError(
+                f"workers: {workers.min} asked for with {least} CPU"
+                f"{' and 1 GPU' if 'GPU' in bundle else ''} each, but the cluster has "
+                f"{len(nodes)} node(s) ({there}): lower --workers, or raise --placement_timeout "
+                "for a cluster that grows"
+            )
+        # An autoscaler grows for what is asked for, not for who waits.
+        coordinator.request_resources.remote(requester, [bundle] * workers.min, REQUEST_EXPIRES_S)
         time.sleep(1)
-    there = ", ".join(f"{_count(node, 'CPU')} CPU {_count(node, 'GPU')} GPU" for node in nodes)
-    raise ValueError(
-        f"workers: {workers} asked for with {cpus or 1} CPU{' and 1 GPU' if gpus else ''} each, "
-        f"but the cluster has {len(nodes)} node(s) ({there}): lower --workers, or raise "
-        "--placement_timeout for a cluster that grows"
-    )
+    coordinator.cancel_request.remote(requester)
+    if cpus:
+        return cpus
+    largest = max(_count(node, "CPU") for node in nodes)
+    wanted = min(most, workers.max)
+    return next(count for count in range(largest, 0, -1) if _room(nodes, count) >= wanted)
 
 
 def room(cpus: int) -> int:
     """Workers of so many cores, and a GPU each where there are GPUs, that the cluster holds."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(_slots(node, cpus, use_gpu()) for node in nodes)
-
-
-def _count(node: dict[str, float], resource: str) -> int:
-    return int(node.get(resource, 0))
-
-
-def _slots(node: dict[str, float], cpus: int, gpus: bool) -> int:
-    slots = _count(node, "CPU") // cpus
-    return min(slots, _count(node, "GPU")) if gpus else slots
+    return _room(_nodes(), cpus)
 
 
 def use_gpu() -> bool:
     """Whether the cluster's workers train on GPUs."""
-    return ray.cluster_resources().get("GPU", 0) > 0
+    return _have_gpus(_nodes())
+
+
+Node = dict[str, float]  # its resources, by name
+
+
+def _nodes() -> list[Node]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _count(node: Node, resource: str) -> int:
+    return int(node.get(resource, 0))
+
+
+def _have_gpus(nodes: list[Node]) -> bool:
+    return any(_count(node, "GPU") for node in nodes)
+
+
+def _room(nodes: list[Node], cpus: int) -> int:
+    slots = [_count(node, "CPU") // cpus for node in nodes]
+    if _have_gpus(nodes):
+        slots = [min(n, _count(node, "GPU")) for n, node in zip(slots, nodes, strict=True)]
+    return sum(slots)
 
 
 def launch(
