@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
-from sepico.statistics import CHUNK, FeatureBank
+from sepico.statistics import FeatureBank, chunk_size
 
 # Pixels of a channel-first map that are transposed at once: 512 channels of them fit in the cache,
 # where one pixel alone touches a cache line of every channel.
@@ -63,12 +63,6 @@ def _blocks(
             yield plane, *block
 
 
-def _chunk(rows: Tensor) -> int:
-    """Rows that are taken at once: what stays in a CPU's cache; a GPU, where each chunk is some
-    launches, takes all."""
-    return CHUNK if rows.device.type == "cpu" else max(len(rows), 1)
-
-
 class DistContrast(torch.autograd.Function):
     """DistCL of each pixel: (N, A), (N,), (C, A), (C, A), float, (C,) or None -> (N,).
 
@@ -81,7 +75,7 @@ class DistContrast(torch.autograd.Function):
         spread = features.new_empty(len(features), len(mean))
         logits = torch.empty_like(spread)
         similar, varied = mean.T / temperature, variance.T / (2 * temperature**2)
-        size = _chunk(features)
+        size = chunk_size(features)
         scratch = torch.empty_like(features[:size])
         chunks = zip(features.split(size), spread.split(size), logits.split(size), strict=True)
         for q, of_variance, of_both in chunks:
@@ -107,7 +101,7 @@ class DistContrast(torch.autograd.Function):
         of_variance = of_mean.scatter_add(1, own, grad[:, None])
         mean, variance = mean / ctx.temperature, variance / ctx.temperature**2
         result = torch.empty_like(features)
-        size = _chunk(features)
+        size = chunk_size(features)
         scratch = torch.empty_like(features[:size])
         chunks = (part.split(size) for part in (features, of_mean, of_variance, result))
         for q, for_mean, for_variance, rows in zip(*chunks, strict=True):
@@ -140,7 +134,7 @@ class BankContrast(torch.autograd.Function):
             rows = bank.rows(c).to(features.dtype)
             if not len(of_class) or not len(rows):
                 continue
-            for pixels in of_class.split(_chunk(features)):
+            for pixels in of_class.split(chunk_size(features)):
                 margin = torch.addmm(
                     negative[pixels], features[pixels], rows.T, alpha=-1 / temperature
                 )

@@ -1,15 +1,20 @@
 """Class statistics of source features: count, mean and diagonal variance, over all workers.
 
-One GEMM with the one-hot labels gives a batch's sums, one all-reduce makes them global, one merge
-puts them into the running values, which equal those of all pixels seen so far.
+A batch's sums are taken class by class, one all-reduce makes them global, one merge puts them into
+the running values, which equal those of all pixels seen so far.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Rows whose float32 sums stay exact to about 1e-6, and whose copies stay in the cache.
+# Rows whose copies stay in a CPU's cache.
 CHUNK = 1024
+
+
+def chunk_size(rows: Tensor) -> int:
+    """Rows that are taken at once: a GPU, where each chunk is some launches, takes all."""
+    return CHUNK if rows.device.type == "cpu" else max(len(rows), 1)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
@@ -22,6 +27,12 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
             f"labels lie in {low}..{high} where {num_classes} classes are known: taxonomy, network "
             "and statistics need the same classes, and ignored pixels are left out"
         )
+
+
+def check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError for a tensor that would broadcast, or fail later, for its shape."""
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
 
 
 class ClassStatistics:
@@ -55,19 +66,22 @@ class ClassStatistics:
     def batch_sums(self, features: Tensor, labels: Tensor) -> Tensor:
         """Features (N, A), labels (N,) in 0..C-1 -> count, sum, sum of squares: (C (2A + 1),).
 
-        Float64; within a chunk of rows the sums are float32, so no wide copy is made. Raises
-        ValueError for another label.
+        Float64, since E[x^2] - m^2 is a small difference of large numbers. Each class is summed by
+        itself, so that a NaN stays in its class; one GEMM with the one-hot labels would spread it.
+        Raises ValueError for another label or width.
         """
+        check_shape("features", features, (len(labels), self.feature_dim))
         check_labels(labels, self.num_classes)
         sums = torch.zeros(self.num_classes, 2 * self.feature_dim + 1, dtype=torch.float64)
         sums = sums.to(features.device)
-        classes = torch.arange(self.num_classes, device=labels.device)[:, None]
-        for rows, of_rows in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
-            rows = rows.float()
-            one_hot = (of_rows == classes).float()
-            sums[:, 0] += one_hot.sum(1)
-            sums[:, 1 : self.feature_dim + 1] += one_hot @ rows
-            sums[:, self.feature_dim + 1 :] += one_hot @ rows.square()
+        sizes = labels.bincount(minlength=self.num_classes)
+        sums[:, 0] = sizes
+        for row, of_class in zip(sums, labels.argsort().split(sizes.tolist()), strict=True):
+            _, total, square = row.split([1, self.feature_dim, self.feature_dim])
+            for pixels in of_class.split(chunk_size(features)):
+                rows = features.index_select(0, pixels).double()
+                total += rows.sum(0)
+                square += rows.square_().sum(0)
         return sums.flatten()
 
     @torch.no_grad()
@@ -117,12 +131,14 @@ class FeatureBank:
     """The latest class means of source batches, per class a queue of at most `length` rows.
 
     The authors' queues start with a row of zeros, which is a prototype of nothing; these start
-    empty.
+    empty. Raises ValueError for a length below 1.
     """
 
     def __init__(
         self, num_classes: int, feature_dim: int, length: int, device: torch.device | None = None
     ) -> None:
+        if length < 1:
+            raise ValueError(f"the feature bank's length is {length}: at least 1 row a class")
         self.num_classes = num_classes
         self.length = length
         self._rows = torch.zeros(num_classes, length, feature_dim, device=device)
@@ -135,7 +151,12 @@ class FeatureBank:
 
     @torch.no_grad()
     def update(self, class_means: Tensor, present: Tensor) -> None:
-        """Append a row of class_means (C, A) for every class in present (C,) bool."""
+        """Append a row of class_means (C, A) for every class in present (C,) bool.
+
+        Raises ValueError for another shape of either.
+        """
+        check_shape("class_means", class_means, (self.num_classes, self._rows.shape[2]))
+        check_shape("present", present, (self.num_classes,))
         classes = present.nonzero().squeeze(1)
         self._rows[classes, self._pushed[classes] % self.length] = class_means[classes].float()
         self._pushed[classes] += 1

@@ -199,14 +199,6 @@ def test_a_feature_that_is_not_a_number_makes_the_loss_not_a_number(term, label)
     assert loss_of(term, rows, labels, absent=2).isnan()
 
 
-def test_a_feature_that_is_not_a_number_reaches_the_statistics():
-    features = draw(2, WIDTH)
-    features[0, 1] = torch.nan
-    statistics = ClassStatistics(CLASSES, WIDTH)
-    statistics.update(features, torch.tensor([0, 1]))
-    assert statistics.mean[0, 1].isnan() and statistics.variance[0, 1].isnan()
-
-
 @pytest.mark.parametrize("size", [(24, 33), (25, 32), (48, 32), (24, 64), (2, 3)])
 def test_labels_that_do_not_fit_the_feature_grid_are_refused(size):
     with pytest.raises(ValueError, match="no whole multiple"):
