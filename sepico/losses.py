@@ -15,7 +15,7 @@ from torch.distributed.nn.functional import all_reduce  # with gradient
 from torch.nn import functional as F
 
 from sepico.gradients import BankContrast, DistContrast, SelectRows
-from sepico.statistics import FeatureBank, check_labels
+from sepico.statistics import FeatureBank, check_labels, check_shape
 
 
 def downscale_labels(
@@ -25,8 +25,9 @@ def downscale_labels(
 
     The ignore value votes as one more class; ties go to the lowest class. A window whose winner
     holds less than `min_ratio` of it is ignored. Incomplete windows at the edges are dropped.
-    Raises ValueError for a label that is neither a class nor the ignore value.
+    Raises ValueError for a label that is neither a class nor the ignore value, and another shape.
     """
+    _check_label_map(label_map)
     labels = label_map.long()
     ignored = labels == ignore_index
     check_labels(labels.masked_fill(ignored, 0), num_classes)
@@ -54,13 +55,14 @@ def select_pixels(
     """Labelled feature pixels: (B, A, h, w), (B, 1, H, W) -> (N, A), (N,) int64.
 
     Rows come in the order batch, y, x. Raises ValueError when the labels are no whole multiple of
-    the feature grid, not the same multiple in height and width or of another batch size, and for a
-    label that is neither a class nor the ignore value.
+    the feature grid, not the same multiple in height and width, of another batch size or not one
+    plane an image, and for a label that is neither a class nor the ignore value.
     """
+    _check_label_map(label_map)
     if len(feature_map) != len(label_map):
         raise ValueError(f"{len(feature_map)} feature maps, but labels of {len(label_map)} images")
     grid, size = tuple(feature_map.shape[-2:]), tuple(label_map.shape[-2:])
-    factor = size[1] // grid[1]
+    factor = size[1] // max(grid[1], 1)
     if size != (grid[0] * factor, grid[1] * factor):
         raise ValueError(
             f"labels of {size} are no whole multiple of the feature grid {grid}: "
@@ -77,6 +79,12 @@ def select_pixels(
     return SelectRows.apply(feature_map, kept), labels[kept]
 
 
+def _check_label_map(label_map: Tensor) -> None:
+    shape = tuple(label_map.shape)
+    if len(shape) != 4 or shape[1] != 1 or 0 in shape[2:]:
+        raise ValueError(f"label_map has shape {shape}, expected (B, 1, H, W) with pixels")
+
+
 def proto_contrast(
     features: Tensor,
     labels: Tensor,
@@ -90,13 +98,15 @@ def proto_contrast(
 
     Features (N, A), labels (N,), mean (C, A), class_weight (C,) -> scalar, the mean over N (or
     sum / `count`). Without a pixel it is a zero that still carries a graph. Raises ValueError for
-    a label outside of 0..C-1 and a temperature that is not above 0.
+    a label outside of 0..C-1, another shape and a temperature that is not above 0.
     """
+    _check_classes(features, mean=mean, class_weight=class_weight)
     labels = _class_labels(features, labels, len(mean))
     _check_temperature(temperature)
     features = _at_least_float32(features)
     similarity = features @ mean.T.to(features.dtype) / temperature
-    losses = F.cross_entropy(similarity, labels, class_weight, reduction="none")
+    weight = None if class_weight is None else class_weight.to(features.dtype)
+    losses = F.cross_entropy(similarity, labels, weight, reduction="none")
     return _mean(losses, count)
 
 
@@ -116,8 +126,9 @@ def bank_contrast(
 
     Features (N, A), labels (N,) -> scalar, the mean over N (or sum / `count`). Without a pixel it
     is a zero that still carries a graph. Raises ValueError for a label outside of the bank's
-    classes and a temperature that is not above 0.
+    classes, a feature of another width and a temperature that is not above 0.
     """
+    check_shape("features", features, (len(features), bank.feature_dim))
     labels = _class_labels(features, labels, bank.num_classes)
     _check_temperature(temperature)
     features = _at_least_float32(features)
@@ -143,14 +154,31 @@ def dist_contrast(
     over N (or sum / `count`). Without a pixel it is a zero that still carries a graph. As in the
     authors' code, a class weight w_y multiplies the cross entropy of the logits
     q.m_k / t + q^2.S_k / (2 t^2), to which the positive's variance term is added unweighted.
-    Raises ValueError for a label outside of 0..C-1 and a temperature that is not above 0.
+    Raises ValueError for a label outside of 0..C-1, another shape and a temperature that is not
+    above 0.
     """
+    _check_classes(features, mean=mean, variance=variance, class_weight=class_weight)
     labels = _class_labels(features, labels, len(mean))
     _check_temperature(temperature)
     features = _at_least_float32(features)
     mean, variance = mean.to(features.dtype), variance.to(features.dtype)
     per_pixel = DistContrast.apply(features, labels, mean, variance, temperature, class_weight)
     return _mean(per_pixel, count)
+
+
+def _check_classes(
+    features: Tensor,
+    *,
+    mean: Tensor,
+    variance: Tensor | None = None,
+    class_weight: Tensor | None = None,
+) -> None:
+    """Raise ValueError unless these describe the same classes, and features of the same width."""
+    check_shape("mean", mean, (len(mean), features.shape[1]))
+    if variance is not None:
+        check_shape("variance", variance, tuple(mean.shape))
+    if class_weight is not None:
+        check_shape("class_weight", class_weight, (len(mean),))
 
 
 def _class_labels(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -188,9 +216,10 @@ def regularizer(
     R is not linear in the mean feature: over the workers of a group the mean itself is
     all-reduced, with gradient. `count` is the global number of pixels, summed over `group` where it
     is not given; `count` without `group` means the default group, neither of them this process
-    alone. Features (N, A), mean (C, A) -> scalar. Raises ValueError for a temperature that is not
-    above 0.
+    alone. Features (N, A), mean (C, A) -> scalar. Raises ValueError for another shape and a
+    temperature that is not above 0.
     """
+    _check_classes(features, mean=mean)
     _check_temperature(temperature)
     total = _at_least_float32(features).sum(0)
     if dist.is_initialized() and not (count is None and group is None):
@@ -221,8 +250,11 @@ def cross_entropy(
     """Mean over ALL pixels, ignored ones included, as the authors take it.
 
     Logits (B, C, h, w) are resized bilinearly to the labels (B, 1, H, W); weight (B, H, W) and
-    class_weight (C,) multiply a pixel's loss and not the denominator.
+    class_weight (C,) multiply a pixel's loss and not the denominator. Raises ValueError for a label
+    that is neither a class nor the ignore value, on CPUs: a GPU would have to be waited for.
     """
+    if labels.device.type == "cpu":
+        check_labels(labels.masked_fill(labels == ignore_index, 0), logits.shape[1])
     logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
     losses = F.cross_entropy(
         logits, labels[:, 0].long(), class_weight, ignore_index=ignore_index, reduction="none"

@@ -140,6 +140,7 @@ class FeatureBank:
         if length < 1:
             raise ValueError(f"the feature bank's length is {length}: at least 1 row a class")
         self.num_classes = num_classes
+        self.feature_dim = feature_dim
         self.length = length
         self._rows = torch.zeros(num_classes, length, feature_dim, device=device)
         self._pushed = torch.zeros(num_classes, dtype=torch.int64, device=device)
@@ -155,7 +156,7 @@ class FeatureBank:
 
         Raises ValueError for another shape of either.
         """
-        check_shape("class_means", class_means, (self.num_classes, self._rows.shape[2]))
+        check_shape("class_means", class_means, (self.num_classes, self.feature_dim))
         check_shape("present", present, (self.num_classes,))
         classes = present.nonzero().squeeze(1)
         self._rows[classes, self._pushed[classes] % self.length] = class_means[classes].float()
@@ -181,7 +182,7 @@ class FeatureBank:
         """Of a longer bank the newest rows, as if it had been of this length from its beginning."""
         rows, pushed = state["rows"], state["pushed"]
         stored, found = rows.shape[1], (len(rows), rows.shape[2])
-        expected = (self.num_classes, self._rows.shape[2])
+        expected = (self.num_classes, self.feature_dim)
         if found != expected or stored < self.length:
             raise ValueError(
                 f"the feature bank has shape {tuple(rows.shape)}, expected "

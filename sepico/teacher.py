@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from sepico.network import Segmentor
+from sepico.statistics import check_shape
+from sepico.taxonomies import CITYSCAPES_19
 
 
 class Teacher:
@@ -82,8 +84,14 @@ def fuse_day_night(
     For static classes the day probability counts with `day_ratio` where it exceeds 0.4, else
     with 1 - day_ratio; other classes are the night's alone. Both inputs (B, C, h, w) with the 19
     classes of Cityscapes; class_weight (C,) multiplies the result -> (B, C, h, w), no
-    distribution any more.
+    distribution any more. Raises ValueError for another shape.
     """
+    batch, _, *size = night_probs.shape
+    classes = CITYSCAPES_19.num_classes
+    check_shape("night_probs", night_probs, (batch, classes, *size))
+    check_shape("day_probs", day_probs, (batch, classes, *size))
+    if class_weight is not None:
+        check_shape("class_weight", class_weight, (classes,))
     static = torch.zeros(day_probs.shape[1], 1, 1, dtype=torch.bool, device=day_probs.device)
     static[list(STATIC_CLASSES)] = True
     share = torch.full_like(day_probs, 1 - day_ratio).masked_fill_(day_probs > 0.4, day_ratio)

@@ -136,6 +136,25 @@ def test_float64_probabilities_are_fused_in_float64():
     assert torch.equal(fused[:, 5], night[:, 5])  # a pole does not stand where it stood
 
 
+NIGHT = torch.rand(2, 19, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("day", "night", "weight", "named"),
+    [
+        (NIGHT[:, :16], NIGHT[:, :16], None, "night_probs has shape"),
+        (NIGHT[:, :10], NIGHT[:, :10], None, "night_probs has shape"),
+        (NIGHT[:, :16], NIGHT, None, "day_probs has shape"),
+        (NIGHT[:1], NIGHT, None, "day_probs has shape"),
+        (NIGHT[..., :1], NIGHT, None, "day_probs has shape"),
+        (NIGHT, NIGHT, WEIGHT[:16], "class_weight has shape"),
+    ],
+)
+def test_scores_of_other_classes_or_sizes_are_not_fused(day, night, weight, named):
+    with pytest.raises(ValueError, match=named):
+        fuse_day_night(day, night, class_weight=weight)
+
+
 def test_class_weights_fall_with_the_logarithm_of_the_frequency():
     # Logarithms 1, 2 and 3 to base 10: mean 2, sample standard deviation 1.
     weights = class_weights(torch.tensor([10, 0, 100, 1000]), 0.05)

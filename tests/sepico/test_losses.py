@@ -199,6 +199,62 @@ def test_a_feature_that_is_not_a_number_makes_the_loss_not_a_number(term, label)
     assert loss_of(term, rows, labels, absent=2).isnan()
 
 
+ROWS, OF_ROWS, WEIGHT = torch.zeros(6, WIDTH), torch.arange(6) % CLASSES, torch.ones(CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: dist(ROWS, variance=VARIANCE[:1]), "variance has shape"),
+        (lambda: dist(ROWS, variance=VARIANCE[:-1]), "variance has shape"),
+        (lambda: dist(ROWS, variance=draw(CLASSES + 1, WIDTH)), "variance has shape"),
+        (lambda: dist(ROWS, variance=VARIANCE[:, :1]), "variance has shape"),
+        (lambda: dist(ROWS, class_weight=WEIGHT[:-1]), "class_weight has shape"),
+        (lambda: dist(ROWS[:, :-1]), "mean has shape"),
+        (lambda: loss_of("proto", ROWS, OF_ROWS, class_weight=WEIGHT[:-1]), "class_weight has"),
+        (lambda: loss_of("proto", ROWS[:, :-1], OF_ROWS), "mean has shape"),
+        (lambda: loss_of("bank", ROWS[:, :-1], OF_ROWS), "features has shape"),
+        (lambda: loss_of("regularizer", ROWS[:, :-1], OF_ROWS), "mean has shape"),
+        (lambda: cross_entropy(CLASSES), "need the same classes"),
+        (lambda: cross_entropy(-1), "need the same classes"),
+    ],
+)
+def test_classes_and_widths_that_differ_are_refused(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
+
+
+def dist(rows: torch.Tensor, variance: torch.Tensor = VARIANCE, **weights) -> torch.Tensor:
+    return losses.dist_contrast(rows, OF_ROWS, MEAN, variance, temperature=0.5, **weights)
+
+
+def cross_entropy(label: int) -> torch.Tensor:
+    labels = torch.tensor([0, 255, label]).view(1, 1, 1, 3)
+    return losses.cross_entropy(torch.zeros(1, CLASSES, 1, 3), labels)
+
+
+@pytest.mark.parametrize("term", ["proto", "dist"])
+def test_class_weights_of_another_precision_than_the_features_are_taken(term):
+    rows, weight = draw(6, WIDTH).double(), draw(CLASSES).square()
+    loss = loss_of(term, rows, OF_ROWS, class_weight=weight)
+    assert loss.dtype == torch.float64
+    assert torch.equal(loss, loss_of(term, rows, OF_ROWS, class_weight=weight.double()))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 12, 12), (1, 12, 12), (1, 1, 0, 0), (1, 1, 12, 0)])
+def test_labels_that_are_no_plane_an_image_are_refused(shape):
+    labels = torch.zeros(shape)
+    with pytest.raises(ValueError, match="label_map has shape"):
+        losses.select_pixels(torch.zeros(1, 2, 3, 3), labels, num_classes=CLASSES)
+    with pytest.raises(ValueError, match="label_map has shape"):
+        losses.downscale_labels(labels, 4, num_classes=CLASSES, min_ratio=0.75)
+
+
+def test_a_feature_grid_without_a_pixel_is_refused():
+    with pytest.raises(ValueError, match="no whole multiple"):
+        losses.select_pixels(torch.zeros(1, 2, 0, 0), torch.zeros(1, 1, 8, 8), num_classes=5)
+
+
 @pytest.mark.parametrize("size", [(24, 33), (25, 32), (48, 32), (24, 64), (2, 3)])
 def test_labels_that_do_not_fit_the_feature_grid_are_refused(size):
     with pytest.raises(ValueError, match="no whole multiple"):
