@@ -31,7 +31,7 @@ class _Global:
     """What the step's all-reduce answers: over all images of the step, all ranks."""
 
     source_counts: Tensor  # (L,) kept pixels of each projection
-    target_counts: Tensor  # (L,)
+    target_counts: Tensor  # (L,), 0 where no pixel is confident
     confident_share: Tensor  # () of the target's pixels
 
 
@@ -114,7 +114,9 @@ class AdaptationStep:
         if with_contrast:
             strong = self._strong(target.image, batch.seeds)
             _, projections = student(self.normalize(strong), logits=False)
-            yield self._contrast("target", projections, target.trusted_label, known.target_counts)
+            # As the authors have it, a pseudo-label of weight 0 contrasts nothing.
+            labels = target.trusted_label.masked_fill(known.confident_share == 0, 255)
+            yield self._contrast("target", projections, labels, known.target_counts)
 
         mixed_image, mixed_label, weight = self._mix(batch, target, known.confident_share)
         logits, _ = student(self.normalize(mixed_image), projections=False)
@@ -190,7 +192,8 @@ class AdaptationStep:
                 work.wait()
             source_counts = self.contrast.merge(sums[: -len(extra)])
             pixels = self.config.optimization.global_batch * targets[0].label[0].numel()
-            target_counts, confident = sums[-len(extra) : -1], sums[-1] / pixels
+            confident = sums[-1] / pixels
+            target_counts = sums[-len(extra) : -1] * (confident > 0)
             return _Global(source_counts.float(), target_counts.float(), confident.float())
 
         return finish

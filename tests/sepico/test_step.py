@@ -1,12 +1,16 @@
 """Properties of the step that no stored number shows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sepico import augment
 from sepico.config import AugmentationConfig, ContrastConfig, MethodConfig
 from sepico.statistics import FeatureBank
+from sepico.step import AdaptationStep
 from sepico.taxonomies import Taxonomy
+from tests.cluster.engine_ranks import BATCH, build, global_batch, method_config
 
 
 def test_class_mix_draws_half_of_the_classes_and_never_the_ignore_value():
@@ -58,3 +62,18 @@ def test_a_full_bank_drops_its_oldest_rows():
 def test_stage_weights_need_one_projection_a_stage():
     with pytest.raises(ValueError, match=r"stage_weights has 2 weights"):
         MethodConfig(contrast=ContrastConfig(stage_weights=(1.0, 0.5)))
+
+
+@pytest.mark.parametrize("method", ["protocl", "distcl", "bankcl"])
+def test_without_a_confident_pixel_the_target_is_not_contrasted(method):
+    config = method_config(method, start=0)
+    config = replace(config, teacher=replace(config.teacher, threshold=2.0))
+    network, teacher, contrast = build(config)
+    step = AdaptationStep(config, network.normalize, teacher, contrast)
+    terms = step.terms(network, global_batch(0, range(BATCH)), 0)
+    source, target, _ = ((term.item(), term.requires_grad) for term in terms)
+    assert step.metrics["confident_share"] == 0
+    assert source[0] > 0
+    assert target == (0, True)
+    assert step.metrics["target_contrast"] == step.metrics["target_regularizer"] == 0
+    assert step.metrics["source_contrast"] > 0
