@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.manifest import Manifest, read_manifest
+from cluster.manifest import MANIFEST, Manifest, read_manifest
 from cluster.storage import StorageConfig, open_storage
 from sepico.taxonomies import CITYSCAPES_19
 
@@ -94,7 +94,7 @@ def check_data(
 
 def _checked_manifest(url: str, storage: StorageConfig) -> Manifest:
     store = open_storage(url, storage)
-    store.check()
+    store.check(MANIFEST)
     return read_manifest(store)
 
 

@@ -17,7 +17,7 @@ import xxhash
 from cluster.checkpoint_format import Checkpoint, list_checkpoints
 from cluster.checkpoint_weights import read_weights
 from cluster.config import WorkerRange
-from cluster.manifest import read_manifest
+from cluster.manifest import MANIFEST, read_manifest
 from cluster.run_config import load_config
 from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage, read_url
 from cluster.submission import merge_parts
@@ -226,7 +226,7 @@ def evaluate_tasks(
 ) -> tuple[list[dict[str, dict[str, Any]]], Taxonomy]:
     """Run tasks of one data set on one worker group; rows per task, and the classes."""
     store = open_storage(tasks[0].data, storage)
-    store.check()
+    store.check(MANIFEST)
     manifest = read_manifest(store)
     for url in {task.adapt_data for task in tasks if task.adapt_data}:
         read_manifest(open_storage(url, storage))

@@ -173,7 +173,7 @@ def describe_network(config: PredictConfig) -> tuple[dict[str, Any], Taxonomy]:
 def read_exported(url: str, storage: StorageConfig) -> dict[str, Any]:
     """The description in a folder or URL that `jobs.export` wrote."""
     store = open_storage(url, storage)
-    store.check()
+    store.check(exported.DESCRIPTION)
     if not store.exists(exported.DESCRIPTION):
         raise StorageError(f"no exported network at {store.url}: write it with jobs.export")
     return json.loads(store.get(exported.DESCRIPTION))

@@ -178,22 +178,28 @@ class Storage:
                     if number.isdecimal() and ours.fullmatch(key) and path.is_file():
                         path.unlink()
         elif self._scheme == "s3":
-            stores.abort_s3_uploads(self._bucket, f"{self._path}/".lstrip("/"), ours, self._config)
+            stores.abort_s3_uploads(self._bucket, self._prefix, ours, self._config)
 
-    def check(self) -> None:
+    def check(self, reads: str | None = None) -> None:
         """Before work starts: does the store answer, does the bucket exist, are we let in?
 
-        A missing local folder passes (`put` makes it) if it could be created. Takes a few
-        seconds at most, whatever is wrong.
+        Of a place that is only read, `reads` is the key of an object there: whoever may read it
+        need not be allowed to list the place. A missing local folder passes (`put` makes it) if it
+        could be created. Takes a few seconds at most, whatever is wrong.
         """
         if self._scheme == "file":
             _check_folder(self.url, Path(self._path))
             return
         with self._errors_name(""):
+            quick = Patience(stores.CONNECT_TIMEOUT_S, stores.CONNECT_TIMEOUT_S, retries=1)
+            store = self._open(quick)
+            if reads is not None:
+                with suppress(BaseError, OSError):  # the listing tells what is wrong
+                    obstore.head(store, reads)
+                    return
             if self._scheme != "s3":
-                quick = Patience(stores.CONNECT_TIMEOUT_S, stores.CONNECT_TIMEOUT_S, retries=1)
-                next(iter(obstore.list(self._open(quick), chunk_size=1)), None)
-            elif refusal := stores.s3_refusal(self._bucket, self._config):
+                next(iter(obstore.list(store, chunk_size=1)), None)
+            elif refusal := stores.s3_refusal(self._bucket, self._prefix, self._config):
                 raise StorageError(f"{self.url}: {refusal}")
 
     def close(self) -> None:
@@ -207,6 +213,11 @@ class Storage:
         obstore.put(self._store, key, data, mode=mode)
         if self._scheme == "file":
             _sync(folder / key)
+
+    @property
+    def _prefix(self) -> str:
+        """What the bucket's own keys begin with below the URL."""
+        return f"{self._path}/" if self._path else ""
 
     @cached_property
     def _store(self) -> ObjectStore:

@@ -110,12 +110,12 @@ def s3_region(config: StorageConfig) -> str:
         return config.region or session.get_config_variable("region") or "us-east-1"
 
 
-def s3_refusal(bucket: str, config: StorageConfig) -> str | None:
-    """Why S3 does not let us into the bucket, within seconds; None if it does."""
+def s3_refusal(bucket: str, prefix: str, config: StorageConfig) -> str | None:
+    """Why S3 does not let us list below a prefix, within seconds; None if it does."""
     client = _s3_admin(config)
     endpoint = client.meta.endpoint_url
     try:
-        client.head_bucket(Bucket=bucket)
+        client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
     except botocore.exceptions.ClientError as error:
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         reasons = {

@@ -13,7 +13,7 @@ from cluster.deepspeed_config import read_deepspeed
 from cluster.errors import WorkError
 from cluster.events import log_event
 from cluster.lease import Lease, hold_lease
-from cluster.manifest import read_manifest
+from cluster.manifest import MANIFEST, read_manifest
 from cluster.progress import ProgressDisplay, start_progress
 from cluster.run_config import CONFIG, check_continuation, check_fork, described
 from cluster.storage import absolute_url, open_storage
@@ -134,7 +134,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     )
     if validation.data:
         store = open_storage(validation.data, config.storage)
-        store.check()
+        store.check(MANIFEST)
         checked = read_manifest(store)
         if checked.labelled and checked.taxonomy != manifest.taxonomy:
             raise ValueError(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray
 import xxhash
 
-from cluster.manifest import Manifest, read_manifest
+from cluster.manifest import MANIFEST, Manifest, read_manifest
 from cluster.ray_tasks import progress_bar, run_tasks
 from cluster.shards import Shard
 from cluster.storage import Storage, StorageConfig, StorageError, absolute_url, open_storage
@@ -52,7 +52,7 @@ class _Samples:
 def find(config: VerifyConfig) -> Manifest:
     """The data set, before work starts. Raises StorageError in one line if there is none."""
     storage = open_storage(config.url, config.storage)
-    storage.check()
+    storage.check(MANIFEST)
     return read_manifest(storage)
 
 

@@ -35,12 +35,16 @@ def serving(server: Server) -> Iterator[Server]:
 
 
 class ObjectServer(ThreadingHTTPServer):
-    """Objects by BUCKET/KEY in memory; `requests` are (method, path, Authorization)."""
+    """Objects by BUCKET/KEY in memory; `requests` are (method, path, Authorization).
+
+    Only prefixes that begin with `listable` may be listed.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str | None]] = []
+        self.listable = ""
 
     @property
     def url(self) -> str:
@@ -104,6 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(202, f"{parts}--batch--\r\n".encode(), kind)
 
     def _list(self, bucket: str, prefix: str) -> None:
+        if not prefix.startswith(self.server.listable):
+            self._answer(403)
+            return
         google, azure = "", ""
         for path, content in sorted(self.server.objects.items()):
             key = path.removeprefix(f"{bucket}/")

@@ -184,6 +184,27 @@ def test_a_public_bucket_is_read_without_a_signature(no_keys, scheme):
         assert {sent for _, _, sent in server.requests} == {None}
 
 
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
+def test_whoever_may_read_an_object_need_not_list(no_keys, scheme):
+    with serving(ObjectServer()) as server:
+        server.objects["bucket/a/object"] = b"1"
+        server.listable = "elsewhere/"
+        storage = open_storage(f"{scheme}://bucket/a", StorageConfig(server.url, anonymous=True))
+        storage.check("object")
+        assert storage.get("object") == b"1"
+        for reads in (None, "another"):
+            with pytest.raises(StorageError):
+                storage.check(reads)
+
+
+def test_a_role_that_may_list_its_own_prefix_alone_is_let_in(no_keys):
+    with serving(ObjectServer()) as server:
+        server.listable = "a/"
+        assert works("s3://bucket/a", StorageConfig(server.url, anonymous=True))
+        refusal = next(refusals("s3://bucket/b", StorageConfig(server.url, anonymous=True)))
+        assert "access to bucket 'bucket' denied" in refusal
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
