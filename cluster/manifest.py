@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import pyarrow as pa
 import xxhash
 
 from cluster.node_files import map_node_file
+from cluster.ranges import DamagedObjectError, read_again
 from cluster.shards import Shard, record_batches
 from cluster.storage import MissingObjectError, Storage, StorageError
 from sepico.taxonomies import Taxonomy
@@ -34,7 +36,7 @@ SCHEMA_VERSION = 2
 SHARED_FROM_BYTES = 4 * 2**20
 
 
-class UnreadableManifestError(StorageError):
+class UnreadableManifestError(DamagedObjectError):
     """The one line of a manifest that is damaged or of another version."""
 
 
@@ -118,23 +120,27 @@ def write_manifest(
 
 
 def read_manifest(storage: Storage) -> Manifest:
-    """Raises StorageError, in one line, for a missing manifest.
+    """The manifest of a data set; read again, as samples are, where the store fails for a moment.
 
-    One that is damaged, or of another schema version, is an UnreadableManifestError.
+    Raises StorageError, in one line, for a missing manifest. One that stays damaged, or is of
+    another schema version, is an UnreadableManifestError.
     """
     try:
-        size, version = storage.describe(MANIFEST)
-        if size < SHARED_FROM_BYTES:
-            batch = _unpacked(storage.url, pa.py_buffer(storage.get(MANIFEST)))
-        else:
-            name = f"{storage.url}/{MANIFEST}"
-            plain = map_node_file(name, version, lambda path: _write_plain(storage, path))
-            batch = pa.ipc.open_file(plain).get_batch(0)
+        batch = read_again(lambda: _read(storage), time.sleep)
     except MissingObjectError:
         raise StorageError(
             f"no manifest at {storage.url}: run `python -m jobs.ingest` first"
         ) from None
     return _manifest(storage.url, batch)
+
+
+def _read(storage: Storage) -> pa.RecordBatch:
+    size, version = storage.describe(MANIFEST)
+    if size < SHARED_FROM_BYTES:
+        return _unpacked(storage.url, pa.py_buffer(storage.get(MANIFEST)))
+    name = f"{storage.url}/{MANIFEST}"
+    plain = map_node_file(name, version, lambda path: _write_plain(storage, path))
+    return pa.ipc.open_file(plain).get_batch(0)
 
 
 def _packed(batch: pa.RecordBatch) -> pa.Buffer:

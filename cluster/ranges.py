@@ -1,7 +1,7 @@
-"""Byte ranges of objects, asked for again when the network or the store fails for a moment.
+"""Reads that are repeated when the network or the store fails for a moment; ranges of objects.
 
-Each failure is counted, so that a run shows what its store is like. What cannot get better is an
-error at once: an object that is not there, a denied access.
+Each failure of a range is counted, so that a run shows what its store is like. What cannot get
+better is an error at once: an object that is not there, a denied access.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -30,9 +31,37 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 20.0
 # Bytes that arrive damaged this often are damaged where they lie.
 DAMAGED_ATTEMPTS = 8
 
+T = TypeVar("T")
+
 
 class DamagedObjectError(StorageError):
     """The one line of bytes that are not what was written, however often they are read."""
+
+
+def read_again(read: Callable[[], T], wait: Callable[[float], bool | None]) -> T:
+    """What `read` returns, called again while the store fails or what it sent is damaged.
+
+    `wait` spends the pause before another attempt, seconds; it returns True to give up.
+
+    Raises StorageError with the reason of the last attempt; what was damaged too often, is not
+    there or is denied keeps its kind.
+    """
+    damaged = 0
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return read()
+        except (MissingObjectError, AccessDeniedError):
+            raise
+        except StorageError as error:
+            reason = f"{error} ({attempt} attempts)"
+            damaged += isinstance(error, DamagedObjectError)
+            if damaged == DAMAGED_ATTEMPTS:
+                raise type(error)(reason) from None
+        pause = min(FIRST_PAUSE_S * 2 ** (attempt - damaged - 1), LONGEST_PAUSE_S)
+        # Workers that failed together must not come back together.
+        if attempt == ATTEMPTS or wait(pause * random.uniform(0.5, 1.5)):
+            break
+    raise StorageError(reason)
 
 
 class ReadCounters:
@@ -69,28 +98,16 @@ class RangeReader:
 
         Raises StorageError with the reason of the last attempt.
         """
-        damaged = 0
-        for attempt in range(1, ATTEMPTS + 1):
+
+        def attempt() -> pa.Buffer:
             self.counters.add(requests=1)
-            try:
-                body = pa.py_buffer(self._storage.get_range(key, offset, length))
-            except (MissingObjectError, AccessDeniedError):
-                raise
-            except StorageError as error:
-                reason = str(error)
-            else:
-                self.counters.add(bytes=len(body))
-                reason = damage(body)
-                if reason is None:
-                    return body
-                reason = f"{self.url}/{key}: {reason}"
-                damaged += 1
-            if damaged == DAMAGED_ATTEMPTS:
-                raise DamagedObjectError(f"{reason} ({attempt} attempts)")
-            if attempt == ATTEMPTS or self._pause(attempt - damaged):
-                break
-            self.counters.add(retries=1)
-        raise StorageError(f"{reason} ({attempt} attempts)")
+            body = pa.py_buffer(self._storage.get_range(key, offset, length))
+            self.counters.add(bytes=len(body))
+            if reason := damage(body):
+                raise DamagedObjectError(f"{self.url}/{key}: {reason}")
+            return body
+
+        return read_again(attempt, self._wait)
 
     def stop(self) -> None:
         """End reads that pause before another attempt."""
@@ -100,8 +117,7 @@ class RangeReader:
         """Close the connections, once no thread reads any more."""
         self._storage.close()
 
-    def _pause(self, failures: int) -> bool:
-        """Wait after so many requests without bytes; True when stopped meanwhile."""
-        pause = min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)
-        # Workers that failed together must not come back together.
-        return self._stopped.wait(pause * random.uniform(0.5, 1.5))
+    def _wait(self, pause: float) -> bool:
+        stopped = self._stopped.wait(pause)
+        self.counters.add(retries=not stopped)
+        return stopped

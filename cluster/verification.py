@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,9 +12,10 @@ import ray
 import xxhash
 
 from cluster.manifest import MANIFEST, Manifest, read_manifest
+from cluster.ranges import read_again
 from cluster.ray_tasks import progress_bar, run_tasks
 from cluster.shards import Shard
-from cluster.storage import Storage, StorageConfig, StorageError, absolute_url, open_storage
+from cluster.storage import MissingObjectError, Storage, StorageConfig, absolute_url, open_storage
 
 # A byte that flipped on the way here is intact at the second reading.
 READINGS = 2
@@ -59,7 +61,7 @@ def find(config: VerifyConfig) -> Manifest:
 def verify(config: VerifyConfig) -> tuple[Manifest, list[Damage]]:
     """Read all shards on the connected Ray cluster, a task each; the damage comes in key order.
 
-    Raises StorageError as `find` does.
+    Raises StorageError as `find` does, and where a shard that is there cannot be read.
     """
     manifest = find(config)
     url = absolute_url(config.url)  # a task runs in another folder
@@ -90,21 +92,31 @@ def _shards(manifest: Manifest) -> Iterator[tuple[int, Shard, _Samples]]:
 def _verify_task(
     url: str, config: StorageConfig, begin: int, shard: Shard, samples: _Samples
 ) -> tuple[int, int, list[tuple[int, str]], Damage | None]:
-    storage = open_storage(url, config)
-    for _ in range(READINGS):
-        damaged, outside = _examine(storage, shard, samples)
-        if not damaged and outside is None:
-            break
+    damaged, outside = examine(open_storage(url, config), shard, samples)
     return begin, len(samples.offsets), damaged, outside
 
 
-def _examine(
+def examine(
     storage: Storage, shard: Shard, samples: _Samples
 ) -> tuple[list[tuple[int, str]], Damage | None]:
-    """The damaged samples of a shard, by place, and what is wrong with it outside of them."""
+    """The damaged samples of a shard, by place, and what is wrong with it outside of them.
+
+    Raises StorageError where it is there and cannot be read.
+    """
+    for _ in range(READINGS):
+        damaged, outside = _compare(storage, shard, samples)
+        if not damaged and outside is None:
+            break
+    return damaged, outside
+
+
+def _compare(
+    storage: Storage, shard: Shard, samples: _Samples
+) -> tuple[list[tuple[int, str]], Damage | None]:
+    """What one reading of the shard finds."""
     try:
-        data = pa.py_buffer(storage.get(shard.name))
-    except StorageError as error:
+        data = pa.py_buffer(read_again(lambda: storage.get(shard.name), time.sleep))
+    except MissingObjectError as error:
         return [(i, str(error)) for i in range(len(samples.offsets))], None
     damaged = []
     for i, (offset, length, checksum) in enumerate(

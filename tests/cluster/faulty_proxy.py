@@ -7,6 +7,7 @@ whole answers (by Content-Length, as the server gives it for objects) before it 
 from __future__ import annotations
 
 import random
+import re
 import socket
 import socketserver
 import threading
@@ -32,8 +33,9 @@ ERRORS = {
 class FaultyProxy:
     """Serves at `endpoint`; as a context manager, so that it ends with all its connections.
 
-    `share` of the ranged reads are spoiled, each by one of `faults`, drawn from `seed`. `served`
-    counts the answers by what happened to them ("whole" or the fault).
+    `share` of the ranged reads are spoiled, each by one of `faults`, drawn from `seed`; the next
+    reads of a whole Arrow file by those in `whole_reads`, in order. `served` counts the answers by
+    what happened to them ("whole" or the fault).
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class FaultyProxy:
         target = urllib.parse.urlsplit(upstream)
         self.upstream = target.hostname, target.port
         self.share, self.faults = share, faults
+        self.whole_reads: list[str] = []
         self.served: Counter[str] = Counter()
         self.closing = threading.Event()
         self._random = random.Random(seed)
@@ -61,11 +64,15 @@ class FaultyProxy:
         self._thread.join()
         self._server.server_close()
 
-    def draw(self, ranged: bool) -> str:
-        """What happens to the next answer."""
+    def draw(self, request: bytes) -> str:
+        """What happens to the answer to `request`."""
+        fate = "whole"
         with self._lock:
-            spoiled = ranged and self._random.random() < self.share
-            fate = self._random.choice(self.faults) if spoiled else "whole"
+            if b"\r\nrange:" in request.lower():
+                if self._random.random() < self.share:
+                    fate = self._random.choice(self.faults)
+            elif self.whole_reads and re.match(rb"GET \S+\.arrow[ ?]", request):
+                fate = self.whole_reads.pop(0)
             self.served[fate] += 1
             return fate
 
@@ -89,8 +96,7 @@ class _Connection(socketserver.BaseRequestHandler):
                 while request := self._request(proxy):
                     server.sendall(request)
                     head, body = _message(server, has_body=not request.startswith(b"HEAD "))
-                    ranged = b"\r\nrange:" in request.lower()
-                    if not self._answer(proxy.draw(ranged), head, body):
+                    if not self._answer(proxy.draw(request), head, body):
                         return
             except (BrokenPipeError, ConnectionResetError):
                 return  # the client gave up

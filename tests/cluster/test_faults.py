@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import prefetch, ranges, reader
+from cluster import manifest as manifests
+from cluster import prefetch, ranges, reader, verification
 from cluster.data import DataConfig
 from cluster.loader import TrainLoader, load_samples
+from cluster.manifest import UnreadableManifestError, read_manifest
 from cluster.ranges import DamagedObjectError, RangeReader, ReadCounters
 from cluster.read_metrics import summarize
 from cluster.reader import LostSampleError, open_reader
@@ -112,6 +114,48 @@ def test_a_lost_shard_is_asked_for_once(folder, write_dataset, proxy, s3):
     with pytest.raises(LostSampleError, match=r"'frame006' is unreadable: .*no such object"):
         faulty.read(6)
     assert counters.take()["requests"] == 1
+
+
+# The client itself repeats an error of the store three times.
+MOMENTARY = {"flip": ["flip"], "slow_down": ["slow_down"] * 4}
+
+
+@pytest.mark.parametrize("fault", MOMENTARY)
+@pytest.mark.parametrize("shared_from", [0, manifests.SHARED_FROM_BYTES])
+def test_a_manifest_is_read_again(url, proxy, monkeypatch, tmp_path, fault, shared_from):
+    monkeypatch.setattr(manifests, "SHARED_FROM_BYTES", shared_from)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    proxy.whole_reads = list(MOMENTARY[fault])
+    manifest = read_manifest(open_storage(url, StorageConfig(endpoint=proxy.endpoint)))
+    assert len(manifest) == COUNT
+    assert proxy.served[fault] == len(MOMENTARY[fault])
+
+
+def test_a_manifest_that_stays_damaged_is_an_error(url, proxy):
+    proxy.whole_reads = ["flip"] * 100
+    with pytest.raises(UnreadableManifestError, match=r"damaged.*: ingest it again \(4 attempts\)"):
+        read_manifest(open_storage(url, StorageConfig(endpoint=proxy.endpoint)))
+
+
+@pytest.mark.parametrize("fault", MOMENTARY)
+def test_a_shard_is_not_called_damaged_because_its_store_failed_for_a_moment(url, proxy, fault):
+    storage, shard, samples = to_verify(url, proxy)
+    proxy.whole_reads = MOMENTARY[fault] * (1 if fault == "flip" else 2)
+    assert verification.examine(storage, shard, samples)[0] == []
+    assert not proxy.whole_reads
+
+
+def test_a_shard_that_cannot_be_reached_is_an_error_and_no_damage(url, proxy):
+    storage, shard, samples = to_verify(url, proxy)
+    proxy.whole_reads = ["denied"]
+    with pytest.raises(StorageError, match=f"{shard.name}: access denied"):
+        verification.examine(storage, shard, samples)
+
+
+def to_verify(url, proxy):
+    storage = open_storage(url, StorageConfig(endpoint=proxy.endpoint))
+    _, shard, samples = next(verification._shards(read_manifest(storage)))
+    return storage, shard, samples
 
 
 def test_pauses_double_up_to_a_limit_and_differ(tmp_path):

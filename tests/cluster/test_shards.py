@@ -13,6 +13,7 @@ import torch
 from torchvision.io import decode_image
 
 from cluster import manifest as manifests
+from cluster import ranges
 from cluster.manifest import read_manifest
 from cluster.reader import ShardReader
 from cluster.shards import record_batches
@@ -20,7 +21,9 @@ from cluster.storage import StorageConfig, StorageError, open_storage
 
 
 @pytest.fixture
-def storage(folder, write_dataset, tmp_path):
+def storage(folder, write_dataset, tmp_path, monkeypatch):
+    """12 samples in shards of 5, 5 and 2; a damaged one is read again at once."""
+    monkeypatch.setattr(ranges, "FIRST_PAUSE_S", 0)
     storage = open_storage(str(tmp_path), StorageConfig())
     write_dataset(folder, storage)
     return storage
@@ -96,9 +99,9 @@ def test_a_missing_manifest_says_what_to_run(tmp_path):
 def test_another_schema_version_is_refused(
     storage, folder, write_dataset, monkeypatch, version, fix
 ):
-    monkeypatch.setattr(manifests, "SCHEMA_VERSION", version)
-    write_dataset(folder, storage)
-    monkeypatch.undo()
+    with monkeypatch.context() as other:
+        other.setattr(manifests, "SCHEMA_VERSION", version)
+        write_dataset(folder, storage)
     with pytest.raises(StorageError, match=f"schema_version {version}, this code reads 2: {fix}"):
         read_manifest(storage)
 
