@@ -71,6 +71,8 @@ Prepared = tuple[Draw, Sample, Sample]  # of one slot: the source's crop, the wh
 class TrainLoader:
     """Yields `Batch` for step = start_step, start_step + 1, ... without end.
 
+    Iterated again, it goes on with the step after the last one.
+
     `references` asks for the target's reference images.
     Raises ValueError, in one line, for data that cannot fill such batches; a sample that cannot
     be read is an error with its key when its batch is due.
@@ -96,7 +98,7 @@ class TrainLoader:
         self.source, self.target = self._source.manifest, self._target.manifest
         check_manifests(data, self.source, self.target, global_batch)
         self._data = data
-        self._start = start_step
+        self._steps = count(start_step)
         self._slots = range(rank, global_batch, world_size)
         self._sampler = Sampler(
             self.source.pixel_counts,
@@ -107,12 +109,13 @@ class TrainLoader:
             min_pixels=data.rcs_min_pixels,
         )
         ahead = data.prefetch * len(self._slots)
-        self._prefetcher = Prefetcher(self._works(), threads=data.threads, ahead=ahead)
+        works = self._works(start_step)
+        self._prefetcher = Prefetcher(works, threads=data.threads, ahead=ahead)
         self.metrics = ReadMetrics(counters)
 
     def __iter__(self) -> Iterator[Batch]:
         ignore_index = self.source.taxonomy.ignore_index
-        for step in count(self._start):
+        for step in self._steps:
             queued, waited = self._prefetcher.ready, self._prefetcher.wait_seconds
             prepared = list(islice(self._prefetcher, len(self._slots)))
             waited = self._prefetcher.wait_seconds - waited
@@ -130,8 +133,8 @@ class TrainLoader:
         for reader in readers:
             reader.close()
 
-    def _works(self) -> Iterator[Work[Prepared]]:
-        for step in count(self._start):
+    def _works(self, start_step: int) -> Iterator[Work[Prepared]]:
+        for step in count(start_step):
             for slot in self._slots:
                 draw = self._sampler.draw(step, slot)
                 reads = [(self._source, draw.source), (self._target, draw.target)]

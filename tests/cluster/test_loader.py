@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -89,6 +89,17 @@ def test_a_resume_continues_the_sequence(urls, start):
     resumed = batches(urls, steps=9 - start, start=start)
     for expected, found in zip(whole[start:], resumed, strict=True):
         assert_equal(expected, found)
+
+
+def test_iterating_again_goes_on_with_the_next_step(urls):
+    data = DataConfig(**urls, **CROP)
+    loader = TrainLoader(
+        data, StorageConfig(), seed=11, global_batch=6, rank=0, world_size=1, start_step=1
+    )
+    with closing(loader):
+        found = [*islice(loader, 2), *islice(loader, 2)]
+    for expected, batch in zip(batches(urls, steps=4, start=1), found, strict=True):
+        assert_equal(expected, batch)
 
 
 def test_threads_and_prefetch_change_nothing(urls):
