@@ -166,7 +166,7 @@ def test_a_label_needs_nothing_but_pyarrow(folder, storage):
 
 def test_the_documented_lines_read_a_data_set(folder, write_dataset, tmp_path, monkeypatch):
     write_dataset(folder, open_storage(str(tmp_path / "shards/day"), StorageConfig()))
-    text = (Path(__file__).parents[2] / "docs/own_data.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     (block,) = (part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "ipc" in part)
     assert len(ast.parse(block).body) == 3
     monkeypatch.chdir(tmp_path)
