@@ -110,8 +110,10 @@ def build_segmentor(config: ModelConfig, *, with_projection: bool = True) -> Seg
         raise ValueError("model.num_classes is not set: give it, or train from a labelled set")
     try:
         segmentor = Segmentor(config, with_projection=with_projection)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error)[:100]  # the rest lists every encoder there is
+        if isinstance(error, IndexError):
+            reason = "it has too few stages"
         raise ValueError(
             f"model.encoder {config.encoder!r} cannot be built with model.output_stride "
             f"{config.output_stride}: {reason}..."
@@ -137,32 +139,43 @@ def check_model(
 
     Returns the network on the meta device: names and shapes without numbers. Raises ValueError for
     what `build_segmentor` refuses, for an encoder that takes no images of this size, and for a crop
-    that is no whole multiple of the grid of logits or embeddings.
+    that is no whole multiple of the stride of logits or embeddings.
     """
     if config.encoder_weights == "imagenet":
         config = replace(config, encoder_weights=None)
     with _NoInitialisation():
         segmentor = build_segmentor(config, with_projection=with_projection)
-    # On the meta device a forward costs no arithmetic and gives the same shapes.
     segmentor = segmentor.eval().to("meta")
+    height, width = crop
     try:
-        logits, embeddings = segmentor(torch.zeros(1, 3, *crop, device="meta"))
+        grids = _grids(segmentor, height, width)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
-            f"model.encoder {config.encoder!r} takes no crops of data.crop_height {crop[0]} and "
-            f"data.crop_width {crop[1]}: {error}"
+            f"model.encoder {config.encoder!r} takes no crops of data.crop_height {height} and "
+            f"data.crop_width {width}: {str(error) or 'it asserts another size'}"
         ) from None
-    for output in (logits, *(embeddings if isinstance(embeddings, list) else [embeddings])):
-        if output is None:  # a projection head that was not built
-            continue
-        grid = output.shape[-2:]
-        stride = crop[1] // grid[1]
-        if crop != (grid[0] * stride, grid[1] * stride):
+    # Where the crop does not divide, grids are rounded and hide their strides, which are 1 to 32.
+    whole = [-(-size // 32) * 32 for size in crop]
+    try:
+        large = grids if whole == [height, width] else _grids(segmentor, *whole)
+    except (AssertionError, RuntimeError):  # an encoder for images of one size
+        whole, large = [height, width], grids
+    for (h, w), (_, of_whole) in zip(grids, large, strict=True):
+        stride = whole[1] // of_whole
+        if crop != (h * stride, w * stride):
             raise ValueError(
-                f"data.crop_height {crop[0]} and data.crop_width {crop[1]} are no multiple of the "
-                f"network's grid {tuple(grid)}: choose multiples of its stride"
+                f"data.crop_height {height} and data.crop_width {width} are no multiples of the "
+                f"network's stride {stride}: choose multiples of it"
             )
     return segmentor
+
+
+def _grids(segmentor: Segmentor, height: int, width: int) -> list[tuple[int, int]]:
+    """Sizes (h, w) of logits and embeddings of a network on the meta device: no arithmetic."""
+    logits, embeddings = segmentor(torch.zeros(1, 3, height, width, device="meta"))
+    outputs = [logits, *(embeddings if isinstance(embeddings, list) else [embeddings])]
+    # A projection head that was not built answers None.
+    return [tuple(output.shape[-2:]) for output in outputs if output is not None]
 
 
 def load_weights_file(file: Path | BinaryIO, name: str) -> Any:

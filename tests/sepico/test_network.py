@@ -118,6 +118,7 @@ def test_parts_that_are_not_asked_for_are_none():
         ({"encoder": "no_such_encoder"}, ["model.encoder", "no_such_encoder"]),
         ({"encoder": "tu-no_such_encoder"}, ["model.encoder", "no_such_encoder"]),
         ({"encoder": "tu-vit_tiny_patch16_224"}, ["model.encoder", "tu-vit_tiny_patch16_224"]),
+        ({"encoder": "tu-nest_tiny"}, ["model.encoder", "tu-nest_tiny", "too few stages"]),
         ({"encoder": "vgg11", "output_stride": 8}, ["vgg11", "model.output_stride 8"]),
         ({"num_classes": 0}, ["model.num_classes"]),
         ({"encoder_weights": "nowhere.pth"}, ["model.encoder_weights", "nowhere.pth"]),
@@ -141,6 +142,27 @@ def test_a_network_that_cannot_be_built_is_refused_in_one_line(changes, words):
 def test_a_crop_the_network_cannot_take_is_refused(changes, crop):
     with pytest.raises(ValueError, match=f"data.crop_height {crop[0]}"):
         check_model(config(**changes), crop)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "output_stride", "crop"),
+    [("resnet18", 32, (620, 620)), ("mit_b0", 32, (48, 48)), ("resnet18", 8, (42, 42))],
+)
+def test_a_crop_that_a_rounded_grid_divides_is_refused_with_the_stride(
+    encoder, output_stride, crop
+):
+    options = {"output_stride": output_stride, "head": "deeplabv2", "projection_stages": (3,)}
+    with pytest.raises(ValueError, match=f"stride {output_stride}: choose multiples"):
+        check_model(config(encoder=encoder, **options), crop)
+
+
+def test_a_crop_needs_to_divide_by_the_strides_of_the_outputs_alone():
+    check_model(config(encoder="mit_b0"), (620, 612))  # both grids lie at stride 4
+
+
+def test_an_encoder_that_asserts_another_size_is_named():
+    with pytest.raises(ValueError, match="crop_width 224: it asserts another size"):
+        check_model(config(encoder="tu-halonet26t"), (224, 224))
 
 
 @pytest.mark.parametrize("encoder", ["resnet18", "mit_b0", "densenet121", "tu-test_resnet"])
