@@ -52,10 +52,32 @@ def test_a_published_experiment_states_its_values(task, head, method, miou):
     name = f"{task}_{head}_{method}"
     config = load(name)
     assert (config.method, config.model.head) == (method, head)
-    assert config.contrast.temperature == 100
-    assert config.teacher.day_night == (task == "cityscapes2darkzurich")
-    assert config.teacher.class_weight_std == (0.05 if config.teacher.day_night else 0)
-    assert config.optimization.iterations == (60000 if config.teacher.day_night else 40000)
+    night = task == "cityscapes2darkzurich"
+    assert config.seed == (42 if night else 76)
+    contrast, teacher, data = config.contrast, config.teacher, config.data
+    assert contrast.temperature == 100
+    assert (contrast.weight, contrast.regularizer_weight) == (1, 1)
+    assert (contrast.start, contrast.bank_length) == (3000, 200)
+    assert (teacher.threshold, teacher.ema_alpha) == (0.968, 0.999)
+    assert (teacher.ignore_top, teacher.ignore_bottom) == ((0, 0) if night else (15, 120))
+    assert (teacher.crop_tries, teacher.crop_max_ratio) == (10, 0.75)
+    assert (teacher.day_night, teacher.day_ratio) == (night, 0.8)
+    assert teacher.class_weight_std == (0.05 if night else 0)
+    assert (data.crop_height, data.crop_width) == (640, 640)
+    assert (data.crop_tries, data.crop_max_ratio) == (10, 0.75)
+    assert (data.rcs_temperature, data.rcs_min_pixels, data.rcs_crop_ratio) == (0.01, 3000, 0.5)
+    optimization = config.optimization
+    assert optimization.iterations == (60000 if night else 40000)
+    assert (optimization.global_batch, optimization.reference_batch) == (2, 2)
+    assert (optimization.lr, optimization.head_lr_multiplier) == (6e-5, 10)
+    assert (optimization.betas, optimization.weight_decay) == ((0.9, 0.999), 0.01)
+    assert (optimization.warmup, optimization.warmup_ratio, optimization.power) == (1500, 1e-6, 1)
+    model = config.model
+    deep = head == "deeplabv2"
+    encoder = ("tu-resnet101c", 8) if deep else ("mit_b5", 32)
+    assert (model.encoder, model.output_stride) == encoder
+    assert model.projection_stages == ((3,) if deep else (0, 1, 2, 3))
+    assert (model.projection_channels, model.num_classes) == (512, 19)
     text = files("jobs").joinpath("presets", f"{name}.yaml").read_text()
     assert f"Published mIoU {miou}" in text
     assert f"--config {name}" in text
