@@ -4,8 +4,9 @@
 
 A writer takes a run over by creating the next generation's object, which a store grants to one
 writer only. From then on every earlier writer is fenced: before it commits a checkpoint it renews
-its lease, finds the later generation, and stops. This needs nothing but create-if-absent, so
-folders and object stores behave alike.
+its lease, finds the later generation, and stops. A group of workers that is started again advances
+its own writer's lease by a generation, and so fences the group before it, whose processes may
+still live. This needs nothing but create-if-absent, so folders and object stores behave alike.
 """
 
 import json
@@ -17,7 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from cluster.storage import MissingObjectError, Storage, StorageError
 
@@ -37,19 +38,43 @@ class Lease:
 
     generation: int
     owner: str
-    token: str
+    token: str  # the same in all generations of one writer
 
     @property
     def key(self) -> str:
         return f"{FOLDER}/{self.generation:08d}.json"
 
-    def renew(self, run: Storage) -> None:
-        """Hold the run for another LIFETIME_S. Raises LeaseError if another writer took it."""
-        newest = _newest(run)
-        if newest is None or newest.lease != self:
-            taken = "by another writer" if newest is None else f"by {newest.lease.owner}"
+    def newest(self, run: Storage) -> "Lease":
+        """This writer's newest generation. Raises LeaseError if another writer took the run."""
+        held = _newest(run)
+        if held is None or held.lease.token != self.token:
+            taken = "by another writer" if held is None else f"by {held.lease.owner}"
             raise LeaseError(f"{run.url} was taken over {taken}: this writer stops")
+        return held.lease
+
+    def check(self, run: Storage) -> None:
+        """Raise LeaseError if there is a later generation, of whichever writer."""
+        if self.newest(run) != self:
+            raise LeaseError(f"{run.url} has a later start of its workers: this one stops")
+
+    def renew(self, run: Storage) -> None:
+        """Hold the run for another LIFETIME_S. Raises what `check` does."""
+        self.check(run)
+        self.extend(run)
+
+    def extend(self, run: Storage) -> None:
+        """Hold the run for LIFETIME_S from now on, unchecked."""
         run.put(self.key, self.document(time.time() + LIFETIME_S))
+
+    def advance(self, run: Storage) -> "Lease":
+        """Take this writer's next generation, which fences those who have an earlier one."""
+        while True:
+            newest = self.newest(run)
+            lease = replace(newest, generation=newest.generation + 1)
+            # Refused too where only the reply to a create was lost: then the one after that.
+            if run.create(lease.key, lease.document(time.time() + LIFETIME_S)):
+                _delete_before(run, lease)
+                return lease
 
     def document(self, expires: float) -> bytes:
         return json.dumps({**asdict(self), "expires": expires}).encode()
@@ -69,8 +94,8 @@ class _Held:
 def hold_lease(run: Storage) -> Iterator[Lease]:
     """Own the run inside the block, with a heartbeat from a thread.
 
-    An expired lease is taken over. One that could still be of a dead writer is watched until it
-    expires or is renewed. Raises LeaseError where another writer lives.
+    A released lease is taken over at once; any other is watched until it is renewed, or has expired
+    without that. Raises LeaseError where another writer lives.
     """
     lease = _acquire(run)
     stopped = threading.Event()
@@ -82,8 +107,8 @@ def hold_lease(run: Storage) -> Iterator[Lease]:
         stopped.set()
         heartbeat.join()
         with suppress(StorageError):  # a lease that cannot be released expires by itself
-            lease.renew(run)
-            run.put(lease.key, lease.document(0))
+            last = lease.newest(run)
+            run.put(last.key, last.document(0))
 
 
 def _acquire(run: Storage) -> Lease:
@@ -97,25 +122,32 @@ def _acquire(run: Storage) -> Lease:
         newest = _newest(run)
         # The reply to a create can be lost and its repetition refused: the token tells.
         if newest is not None and newest.lease == lease:
-            for key in run.list(FOLDER):
-                if key < lease.key:
-                    run.delete(key)
+            _delete_before(run, lease)
             return lease
         if created:
             run.delete(lease.key)
 
 
+def _delete_before(run: Storage, lease: Lease) -> None:
+    for key in run.list(FOLDER):
+        if key < lease.key:
+            run.delete(key)
+
+
 def _await_expiry(run: Storage, held: _Held) -> None:
     """Return once the lease expired or was released; raise LeaseError once it is renewed."""
-    left = held.expires - time.time()
+    if not held.expires:
+        return
+    # By a clock that is ahead of the writer's a lease has expired while the writer lives.
+    left = max(held.expires - time.time(), 2 * HEARTBEAT_S)
     if left > 2 * LIFETIME_S:  # beyond what differing clocks explain
         raise LeaseError(_refusal(run, held))
-    if left > 0:
-        print(f"{held.describe(run)}: watching whether it lives", file=sys.stderr, flush=True)
-    while time.time() < held.expires:
-        time.sleep(min(1, max(0, held.expires - time.time())))
+    print(f"{held.describe(run)}: watching whether it lives", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + left
+    while (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(1, left))
         now = _newest(run)
-        if now is None or (now.lease == held.lease and not now.expires):
+        if now is None or not now.expires:
             return
         if now != held:
             raise LeaseError(_refusal(run, now))
@@ -126,22 +158,25 @@ def _refusal(run: Storage, held: _Held) -> str:
 
 
 def _newest(run: Storage) -> _Held | None:
-    keys = run.list(FOLDER)
-    while keys:
+    while keys := run.list(FOLDER):
         # A key can vanish after the listing: its successor deletes it.
         with suppress(MissingObjectError):
-            fields = json.loads(run.get(keys[-1]))
-            expires = fields.pop("expires")
-            return _Held(Lease(**fields), expires)
-        keys = run.list(FOLDER)
+            content = run.get(keys[-1])
+            try:
+                fields = json.loads(content)
+                return _Held(expires=fields.pop("expires"), lease=Lease(**fields))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise StorageError(
+                    f"{run.url}/{keys[-1]} is damaged: delete it once nobody writes there"
+                ) from None
     return None
 
 
 def _beat(run: Storage, lease: Lease, stopped: threading.Event) -> None:
     while not stopped.wait(HEARTBEAT_S):
         try:
-            lease.renew(run)
+            lease.newest(run).extend(run)
         except LeaseError:
-            return  # the worker's next commit says so
+            return  # the workers look for themselves, see `RunLog`
         except StorageError:
             continue  # the store may be back before the lease runs out
