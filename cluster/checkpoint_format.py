@@ -1,7 +1,9 @@
 """Complete checkpoints of a run: which there are, and whether they are what was written.
 
 A checkpoint is its manifest: files of all ranks come first, then a manifest with their checksums.
-No manifest, no checkpoint: a kill in the middle of a write leaves files that nothing points at.
+No manifest, no checkpoint: a kill in the middle of a write leaves files that nothing points at. A
+manifest alone is none either: a writer that lost its run commits one late, when its successor has
+cleared away the files that it is of.
 
     checkpoints/step-00000600-1/student-00000.safetensors    weights, float32: rank 0's part
     checkpoints/step-00000600-1/optimizer-00000.safetensors  Adam moments
@@ -9,18 +11,21 @@ No manifest, no checkpoint: a kill in the middle of a write leaves files that no
     checkpoints/step-00000600-1/buffers.safetensors          batch-norm buffers, class statistics
     checkpoints/step-00000600-1/manifest.json                written last
 
-The last number of the folder is the generation of the writer's lease: a writer that lost its run
-and does not know it yet cannot overwrite its successor's files. A part is a list of runs of the
-vector of all parameters (see `cluster.partitions`); the manifest says which. The values are read
-by `cluster.checkpoint_weights`.
+The last number of the folder is the generation of the lease, which every start of the workers
+takes anew: one that lost its run and does not know it yet cannot overwrite its successor's files. A
+part is a list of runs of the vector of all parameters (see `cluster.partitions`); the manifest says
+which. The values are read by `cluster.checkpoint_weights`.
 """
 
 import json
 import re
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import xxhash
 
@@ -30,11 +35,13 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 WRITTEN = re.compile(rf"{FOLDER}/step-\d+-\d+/[^/]+")
 FORMAT_VERSION = 1
+_MANIFEST_KEY = re.compile(rf"{FOLDER}/step-(\d+)-(\d+)/{MANIFEST}")
 READERS = 4  # files read at once
 
 
 class DamagedCheckpointError(ValueError):
-    """A file of a complete checkpoint is missing or not what was written; one line names it."""
+    """A file of a complete checkpoint, or its manifest, is missing or not what was written; one
+    line names it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class Checkpoint:
     optimizer_steps: dict[str, int]  # by group name
     loss_scale: dict[str, float] = field(default_factory=dict)  # under fp16
     metrics: dict[str, float] = field(default_factory=dict)  # of the validation at this step
+    config: dict[str, Any] = field(default_factory=dict)  # of the run, as in its config.json
+    versions: dict[str, str] = field(default_factory=dict)  # of the code and its libraries
     files: dict[str, str] = field(default_factory=dict)  # name -> xxh3-64 of the content
     runs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -62,65 +71,89 @@ class Checkpoint:
 
 
 def list_checkpoints(storage: Storage) -> list[Checkpoint]:
-    """Complete checkpoints of a run, oldest first."""
-    manifests = [key for key in storage.list(FOLDER) if key.endswith(f"/{MANIFEST}")]
-    found = [_parse(storage, key) for key in manifests]
-    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.generation))
+    """Complete checkpoints of a run, oldest first. Raises DamagedCheckpointError."""
+    found = []
+    for key in _manifests(storage):
+        with suppress(MissingObjectError):  # a training may delete it after the listing
+            found.append(_read(storage, key))
+    return found
 
 
-def _parse(storage: Storage, key: str) -> Checkpoint:
-    fields = json.loads(storage.get(key))
-    version = fields.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{storage.url}/{key} has format_version {version}, this code reads {FORMAT_VERSION}: "
-            "use the release that wrote it, or start another --run"
-        )
-    return Checkpoint(**fields)
+def _manifests(storage: Storage) -> list[str]:
+    """Keys of the manifests of complete checkpoints, oldest first."""
+    keys = storage.list(FOLDER)
+    files = Counter(map(_folder, keys))
+    matches = [match for key in keys if (match := _MANIFEST_KEY.fullmatch(key))]
+    matches.sort(key=lambda match: (int(match[1]), int(match[2])))
+    return [match[0] for match in matches if files[_folder(match[0])] > 1]
+
+
+def _folder(key: str) -> str:
+    return key.rpartition("/")[0]
+
+
+def _read(storage: Storage, key: str) -> Checkpoint:
+    content = storage.get(key)
+    try:
+        fields = dict(json.loads(content))
+        version = fields["format_version"]
+        if version == FORMAT_VERSION:
+            return Checkpoint(**fields)
+    except (ValueError, TypeError, KeyError):
+        raise DamagedCheckpointError(f"{storage.url}/{key} is damaged: it is no manifest") from None
+    raise ValueError(
+        f"{storage.url}/{key} has format_version {version}, this code reads {FORMAT_VERSION}: "
+        "use the release that wrote it, or start another --run"
+    )
 
 
 def delete_incomplete(storage: Storage) -> None:
     """Remove what interrupted writes and deletions left. For the run's only writer."""
-    complete = {f"{checkpoint.prefix}/" for checkpoint in list_checkpoints(storage)}
+    complete = set(map(_folder, _manifests(storage)))
     for key in storage.list(FOLDER):
-        if not any(key.startswith(prefix) for prefix in complete):
+        if _folder(key) not in complete:
             storage.delete(key)
     storage.delete_unfinished(WRITTEN)
 
 
-def delete_checkpoint(storage: Storage, checkpoint: Checkpoint) -> None:
+def delete_checkpoint(storage: Storage, folder: str) -> None:
     """The manifest goes first: what is left of an interrupted deletion is no checkpoint."""
-    storage.delete(f"{checkpoint.prefix}/{MANIFEST}")
-    for name in checkpoint.files:
-        storage.delete(f"{checkpoint.prefix}/{name}")
+    storage.delete(f"{folder}/{MANIFEST}")
+    for key in storage.list(folder):
+        storage.delete(key)
 
 
 def check_newest(storage: Storage, *, fall_back: bool) -> Checkpoint | None:
     """The newest checkpoint, each of its files read and compared; None where there is none.
 
     With `fall_back` one that is damaged is deleted and the one before is taken, if there is one.
-    Raises DamagedCheckpointError. For the run's only writer.
+    Raises DamagedCheckpointError, for the manifests of older ones too. For the run's only writer.
     """
-    complete = list_checkpoints(storage)
-    while complete:
-        newest = complete.pop()
+    newest, complete = None, _manifests(storage)
+    for key in reversed(complete):
         try:
-            with ThreadPoolExecutor(READERS) as pool:
-                for _ in pool.map(partial(read_content, storage, newest), newest.files):
-                    pass
+            checkpoint = _read(storage, key)
+            if newest is None:
+                _check_files(storage, checkpoint)
+                newest = checkpoint
         except DamagedCheckpointError as error:
+            complete = [other for other in complete if other != key]
             if not complete:
                 raise DamagedCheckpointError(f"{error}; there is none before it") from None
-            before = f"the checkpoint of step {complete[-1].step}"
+            before = f"the checkpoint of step {int(_MANIFEST_KEY.fullmatch(complete[-1])[1])}"
             if not fall_back:
                 raise DamagedCheckpointError(
                     f"{error}: restore it, or continue from {before} with --fall_back true"
                 ) from None
             print(f"{error}: deleted, continuing from {before}", file=sys.stderr, flush=True)
-            delete_checkpoint(storage, newest)
-        else:
-            return newest
-    return None
+            delete_checkpoint(storage, _folder(key))
+    return newest
+
+
+def _check_files(storage: Storage, checkpoint: Checkpoint) -> None:
+    with ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(partial(read_content, storage, checkpoint), checkpoint.files):
+            pass
 
 
 def read_content(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:

@@ -59,8 +59,9 @@ class RunState:
 class CheckpointWriter:
     """Writes checkpoints behind the training's back, one at a time. Built by all ranks together.
 
-    Keeps the newest `keep_last` and the `keep_best` with the highest mIoU of the student. Rank 0
-    calls `committed`, from another thread, once one is complete.
+    Keeps the newest `keep_last` and the `keep_best` with the highest mIoU of the student. Manifests
+    say `origin`: fields of Checkpoint. Rank 0 calls, from another thread, `before_commit` when all
+    but the manifest is written, and `committed` once a checkpoint is complete.
     """
 
     def __init__(
@@ -69,11 +70,14 @@ class CheckpointWriter:
         lease: Lease,
         keep_last: int,
         keep_best: int,
+        origin: dict[str, Any] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
         committed: Callable[[Checkpoint], None] = lambda _: None,
     ) -> None:
         self._storage, self._lease = storage, lease
         self._keep_last, self._keep_best = keep_last, keep_best
-        self._committed = committed
+        self._origin = origin or {}
+        self._before_commit, self._committed = before_commit, committed
         # The thread's own group: its calls must not meet the training's.
         self._group = dist.new_group(backend="gloo")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -96,6 +100,7 @@ class CheckpointWriter:
             loss_scale=asdict(state.engine.loss_scale) if state.engine.loss_scale else {},
             metrics=metrics,
             runs=runs,
+            **self._origin,
         )
         self._pending = self._pool.submit(self._write, checkpoint, files)
 
@@ -107,8 +112,8 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Return once this rank's part is written and, on rank 0, the checkpoint is committed.
 
-        Raises StorageError, and LeaseError on rank 0 if another writer took the run over; then
-        nothing is committed.
+        Raises StorageError, and LeaseError on rank 0 if another writer took the run over; then no
+        checkpoint was deleted for this one.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -132,9 +137,13 @@ class CheckpointWriter:
             self._commit(checkpoint)
 
     def _commit(self, checkpoint: Checkpoint) -> None:
+        self._before_commit()
         self._lease.renew(self._storage)
         manifest = json.dumps(asdict(checkpoint)).encode()
         self._storage.put(f"{checkpoint.prefix}/{MANIFEST}", manifest)
+        # A put can take longer than the lease. Then a successor has cleared away this checkpoint's
+        # files, and what would be deleted for it may be all that the successor has.
+        self._lease.check(self._storage)
         self._committed(checkpoint)
         complete = list_checkpoints(self._storage)
         measured = [known for known in complete if BEST_BY in known.metrics]
@@ -143,7 +152,7 @@ class CheckpointWriter:
         kept |= {known.prefix for known in measured[: self._keep_best]}
         for known in complete:
             if known.prefix not in kept:
-                delete_checkpoint(self._storage, known)
+                delete_checkpoint(self._storage, known.prefix)
 
 
 def _parts(state: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, list]]:

@@ -2,7 +2,9 @@
 
 import json
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -10,19 +12,27 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.io import decode_image
 
+from cluster.lease import Lease, LeaseError
 from cluster.prometheus import RunGauges
 from cluster.run_config import METRICS
-from cluster.storage import Storage
+from cluster.storage import Storage, StorageError
+
+UPLOAD_S = 10
+EVENTS_BYTES = 4 << 20  # of a file of events that is full: it is not uploaded again
 
 
 class RunLog:
     """Metrics as JSON lines, TensorBoard events and pictures of one run, written by rank 0.
 
-    Object stores cannot append, so files grow in a local folder and are uploaded whole by `sync`.
+    Object stores cannot append, so files grow in a local folder. A thread uploads those that have
+    changed every UPLOAD_S; what the store refuses it calls `warn` for once, and tries again. It
+    looks at the lease first and uploads nothing once another writer has the run.
     """
 
-    def __init__(self, storage: Storage, start_step: int) -> None:
-        self._storage = storage
+    def __init__(
+        self, storage: Storage, lease: Lease, start_step: int, warn: Callable[[str], None]
+    ) -> None:
+        self._storage, self._lease, self._warn = storage, lease, warn
         self._folder = tempfile.TemporaryDirectory(prefix="telemetry-")
         self._lines: list[str] = []
         if storage.exists(METRICS):
@@ -31,26 +41,34 @@ class RunLog:
             self._lines = [line for line in lines if json.loads(line)["step"] < start_step]
         self._writer = SummaryWriter(self._folder.name, purge_step=start_step)
         self._gauges = RunGauges(PurePosixPath(storage.url).name)
-        self._synced = time.monotonic()
+        self._pictures: dict[str, bytes] = {}
+        self._changing = threading.Lock()  # of the four above
+        self._sizes: dict[str, int] = {}  # of what is uploaded, by key
+        self._fenced: LeaseError | None = None
+        self._failing = False
+        self._uploading = threading.Lock()  # of the three above
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+        self._thread.start()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record metrics after 0-based step `step`; uploads at most every ten seconds.
+        """Record metrics after 0-based step `step`.
 
         A name NAME/CLASS is the metric NAME of one class.
         """
         now = round(time.time(), 3)
-        self._lines.append(json.dumps({"step": step, "time": now, **metrics}))
         self._gauges.set({"step": step, "diverged": 0, **metrics})
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        if time.monotonic() - self._synced > 10:
-            self.sync()
+        with self._changing:
+            self._lines.append(json.dumps({"step": step, "time": now, **metrics}))
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
 
     def picture(self, name: str, step: int, png: bytes) -> None:
         """Write `panels/NAME-STEP.png`, and show it in TensorBoard."""
-        self._storage.put(f"panels/{name}-{step:08d}.png", png)
         pixels = decode_image(torch.frombuffer(bytearray(png), dtype=torch.uint8), mode="RGB")
-        self._writer.add_image(f"panels/{name}", pixels, step)
+        with self._changing:
+            self._pictures[f"panels/{name}-{step:08d}.png"] = png
+            self._writer.add_image(f"panels/{name}", pixels, step)
 
     def diverged(self) -> None:
         """Publish that the numbers are not finite any more."""
@@ -60,16 +78,55 @@ class RunLog:
         """Publish when the newest checkpoint was complete, for alerts."""
         self._gauges.set({"checkpoint_time_seconds": time.time()})
 
-    def sync(self) -> None:
-        """Upload metrics and events as they are now."""
-        self._writer.flush()
-        self._storage.put(METRICS, "".join(f"{line}\n" for line in self._lines).encode())
-        for events in Path(self._folder.name).iterdir():
-            self._storage.put(f"tensorboard/{events.name}", events.read_bytes())
-        self._synced = time.monotonic()
+    def poll(self) -> None:
+        """Raise LeaseError, without waiting, if an upload found that another writer has the run."""
+        if self._fenced is not None:
+            raise self._fenced
+
+    def upload(self) -> None:
+        """Upload what has changed. Raises nothing that a store says."""
+        with self._uploading:
+            if self._fenced is not None:
+                return
+            try:
+                self._lease.check(self._storage)
+                for key, content in self._changed().items():
+                    self._storage.put(key, content)
+                    self._sizes[key] = len(content)
+                    self._pictures.pop(key, None)
+                self._failing = False
+            except LeaseError as error:
+                self._fenced = error
+            except StorageError as error:
+                if not self._failing:
+                    self._warn(f"{error}: metrics and pictures are uploaded later")
+                self._failing = True
+
+    def _changed(self) -> dict[str, bytes]:
+        """Files whose size is not that of the uploaded ones, by key: they only grow."""
+        with self._changing:
+            self._writer.flush()
+            files = {f"tensorboard/{file.name}": file for file in Path(self._folder.name).iterdir()}
+            changed = {METRICS: "".join(f"{line}\n" for line in self._lines).encode()}
+            changed |= self._pictures
+            for key, file in files.items():
+                if file.stat().st_size != self._sizes.get(key):
+                    changed[key] = file.read_bytes()
+            if all(file.stat().st_size >= EVENTS_BYTES for file in files.values()):
+                self._writer.close()
+                self._writer = SummaryWriter(self._folder.name)
+        if len(changed[METRICS]) == self._sizes.get(METRICS):
+            del changed[METRICS]
+        return changed
+
+    def _run(self) -> None:
+        while not self._closed.wait(UPLOAD_S):
+            self.upload()
 
     def close(self) -> None:
-        self.sync()
+        self._closed.set()
+        self._thread.join()
+        self.upload()
         self._writer.close()
         self._folder.cleanup()
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.activation_checkpointing import checkpoint_activations
-from cluster.checkpoint_format import Checkpoint, delete_incomplete, list_checkpoints
+from cluster.checkpoint_format import Checkpoint, list_checkpoints
 from cluster.checkpoints import CheckpointWriter, RunState, restore_checkpoint
 from cluster.config import TrainConfig
 from cluster.engine import (
@@ -23,12 +23,13 @@ from cluster.engine import (
 )
 from cluster.environment import ENVIRONMENT, describe_environment
 from cluster.inference import validate_networks
-from cluster.lease import Lease
+from cluster.lease import LeaseError
 from cluster.loader import Batch, TrainLoader
 from cluster.process_group import TIMEOUT
 from cluster.profiling import StepProfiler
 from cluster.reader import LostSampleError
-from cluster.run_config import find_checkpoint
+from cluster.run_config import load_config
+from cluster.start import Start, agree_on_start
 from cluster.step_metrics import StepMetrics
 from cluster.storage import Storage, open_storage
 from cluster.telemetry import RunLog
@@ -52,20 +53,21 @@ def train_worker(payload: dict[str, Any]) -> dict[str, float] | Ended:
     Runs on every worker of a Ray Train group; `payload` holds `config` (TrainConfig with absolute
     URLs and a resolved number of CPUs), `run_url`, `until` (the step to end after), `pauses` (steps
     to wait at), `lease` and `progress` (a ProgressActor). Returns the last validation's metrics, or
-    `Ended` of a run that diverged or that lost a sample: Ray starts the workers again after any
-    error. Raises LeaseError where the run has another writer.
+    `Ended` of a run that diverged, that lost a sample, or that has another writer: Ray starts the
+    workers again after any error. Raises LeaseError where another writer took the run meanwhile.
     """
     config: TrainConfig = payload["config"]
-    lease, progress = payload["lease"], payload["progress"]
+    progress = payload["progress"]
     if reason := ray.get(progress.end_reason.remote()):
         return Ended(reason)
     device = set_up_process(config.cpus_per_worker)
     run = open_storage(payload["run_url"], config.storage)
     with Watchdog(config.hang_timeout, run, dist.get_rank(), progress) as watchdog:
-        if dist.get_rank() == 0:
-            lease.renew(run)
-            delete_incomplete(run)
-        trainer = _Trainer(config, device, run, lease, progress, watchdog)
+        try:
+            start = agree_on_start(config, run, payload["lease"])
+        except LeaseError as error:
+            return Ended(str(error))
+        trainer = _Trainer(config, device, run, start, progress, watchdog)
         try:
             return trainer.train(payload["until"], payload["pauses"])
         except LostSampleError as error:
@@ -82,7 +84,7 @@ class _Trainer:
         config: TrainConfig,
         device: torch.device,
         run: Storage,
-        lease: Lease,
+        start: Start,
         progress: Any,
         watchdog: Watchdog,
     ) -> None:
@@ -92,9 +94,8 @@ class _Trainer:
         self.steps = config.optimization.steps
         adapts = config.method != "source_only"
 
-        known = self._known_state()
         torch.manual_seed(config.seed)
-        build = build_blank if known else build_segmentor
+        build = build_blank if start.checkpoint else build_segmentor
         network = build(config.model, with_projection=adapts).to(device)
         network.autocast_dtype = autocast_dtype(config.engine.precision)
         self.teacher = Teacher(copy.deepcopy(network)) if adapts else None
@@ -117,10 +118,10 @@ class _Trainer:
         if self.teacher is not None and self.engine.stage == 3:
             shard_teacher(self.teacher)
         self.state = RunState(self.engine, self.teacher, self.contrast)
-        self.start = restore_checkpoint(*known, self.state) if known else 0
-        self.checkpoints = CheckpointWriter(
-            run, lease, config.keep_last, config.keep_best, self._committed
-        )
+        self.start = 0
+        if start.checkpoint:
+            parent = open_storage(start.url, config.storage)
+            self.start = restore_checkpoint(parent, start.checkpoint, self.state)
         self.loader = TrainLoader(
             config.data,
             config.storage,
@@ -139,13 +140,25 @@ class _Trainer:
             self.contrast,
             class_weights(pixel_counts, config.teacher.class_weight_std).to(device),
         )
-        self.log = RunLog(run, self.start) if self.rank == 0 else None
+        self.log, origin = None, {}
+        if self.rank == 0:
+            environment = describe_environment(device, self.world_size, config.cpus_per_worker)
+            run.put(ENVIRONMENT, json.dumps(environment, indent=1).encode())
+            origin = {"config": load_config(run), "versions": environment["versions"]}
+            self.log = RunLog(run, start.lease, self.start, self._warn)
+        self.checkpoints = CheckpointWriter(
+            run,
+            start.lease,
+            config.keep_last,
+            config.keep_best,
+            origin,
+            # A resume cannot write the lines before it again.
+            before_commit=self.log.upload if self.log else lambda: None,
+            committed=self._committed,
+        )
         self.metrics = StepMetrics(
             config, self.step, self.engine, self.loader, self.log, progress, self.start
         )
-        if self.rank == 0:
-            found = describe_environment(device, self.world_size, config.cpus_per_worker)
-            run.put(ENVIRONMENT, json.dumps(found, indent=1).encode())
         self.preemption: ray.train.PreemptionInfo | None = None
         self.profiler = self._profiler() if config.profile and self.rank == 0 else None
 
@@ -169,6 +182,9 @@ class _Trainer:
         profiler.part("validation", self, "_validate")
         return profiler
 
+    def _warn(self, message: str) -> None:
+        self.progress.event.remote("warning", "upload_failed", {"message": message})
+
     def _committed(self, checkpoint: Checkpoint) -> None:
         self.log.committed()
         fields = {"step": checkpoint.step, "key": checkpoint.prefix}
@@ -179,12 +195,6 @@ class _Trainer:
         self.checkpoints.close()
         if self.log:
             self.log.close()
-
-    def _known_state(self) -> tuple[Storage, Checkpoint] | None:
-        """The checkpoint to go on from: the run's newest, else the one it forks from."""
-        if existing := list_checkpoints(self.run):
-            return self.run, existing[-1]
-        return find_checkpoint(self.config) if self.config.fork else None
 
     def train(self, until: int, pauses: tuple[int, ...] = ()) -> dict[str, float] | Ended:
         validated: dict[str, float] = {}
@@ -220,12 +230,12 @@ class _Trainer:
                 validated = self._validate(student, step)
             drained = done % PREEMPTION_POLL_STEPS == 0 and self._is_drained(done)
             if done % self.config.checkpoint_every == 0 or rests or drained:
-                if self.log:
-                    self.log.sync()  # a resume cannot write the lines before it again
                 self.checkpoints.save(done, self.state, validated if validate else {})
             if drained or rests:
                 self.checkpoints.wait()
             self.checkpoints.poll()
+            if self.log:
+                self.log.poll()
             if validate:
                 ray.train.report({"step": done, **validated})
             if self.profiler and (table := self.profiler.step_done(done)):

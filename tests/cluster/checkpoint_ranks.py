@@ -1,17 +1,25 @@
 """What test_checkpoints and test_divergence run in each of their processes."""
 
+import json
 import math
 import os
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from cluster.checkpoint_format import list_checkpoints
-from cluster.config import EngineConfig
-from cluster.lease import Lease
+from cluster.checkpoint_format import (
+    MANIFEST,
+    Checkpoint,
+    delete_incomplete,
+    list_checkpoints,
+)
+from cluster.config import EngineConfig, TrainConfig
+from cluster.lease import Lease, LeaseError
 from cluster.loss_scale import LossScale
-from cluster.storage import Storage, StorageConfig, open_storage
+from cluster.storage import Patience, Storage, StorageConfig, StorageError, open_storage
 from sepico.schedule import ema_decay
 from sepico.step import AdaptationStep
 from tests.cluster.engine_ranks import (
@@ -26,11 +34,16 @@ from tests.cluster.engine_ranks import (
 from tests.cluster.engine_ranks import STEPS as ALL_STEPS
 
 CONFIG = method_config("bankcl", START)
+ENGINES = {
+    **{str(stage): EngineConfig(zero_stage=stage, precision="fp32") for stage in range(4)},
+    "2 offload": EngineConfig(zero_stage=2, precision="fp32", offload_optimizer=True),
+    "1 fp16": EngineConfig(zero_stage=1, precision="fp16"),
+}
 STEPS = 4  # the contrast, and with it the projection's Adam, starts at step START
 
 
-def run_rank(rank: int, world_size: int, folder: str, task: str, stages: list) -> None:
-    """Call `task` of this module for each of `stages`."""
+def run_rank(rank: int, world_size: int, folder: str, task: str, calls: list) -> None:
+    """Call `task` of this module with the folder and each of `calls`."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group(
@@ -40,30 +53,121 @@ def run_rank(rank: int, world_size: int, folder: str, task: str, stages: list) -
     from cluster.engine import adopt_process_group
 
     adopt_process_group()
-    for stage in stages:
-        globals()[task](Path(folder), *stage)
+    for arguments in calls:
+        globals()[task](Path(folder), *arguments)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def train_and_save(folder: Path, stage: int) -> None:
-    """Take STEPS steps and write run FOLDER/STAGE."""
-    state = _state(stage)
+def train_and_save(folder: Path, engine: str) -> None:
+    """Take STEPS steps under one of ENGINES and write run FOLDER/ENGINE."""
+    state = _state(ENGINES[engine])
     _train(state, range(STEPS))
-    _save(storage(folder / str(stage)), state, STEPS)
+    _save(storage(folder / engine), state, STEPS)
 
 
-def resume(folder: Path, stage: int, of_stage: int) -> None:
-    """Restore run FOLDER/OF_STAGE under `stage`; write that, and the state after all steps."""
+def resume(folder: Path, engine: str, of: str) -> None:
+    """Restore run FOLDER/OF under `engine`; write that, and the state after all steps."""
     from cluster.checkpoints import restore_checkpoint
 
-    state = _state(stage)
-    stored = storage(folder / str(of_stage))
+    state = _state(ENGINES[engine])
+    stored = storage(folder / of)
     done = restore_checkpoint(stored, list_checkpoints(stored)[-1], state)
-    own = storage(folder / f"{of_stage}-to-{dist.get_world_size()}-{stage}")
+    own = storage(folder / f"{of}-to-{dist.get_world_size()}-{engine}")
     _save(own, state, done)
     _train(state, range(done, ALL_STEPS))
     _save(own, state, ALL_STEPS)
+
+
+def save_scores(folder: Path, scores: list[float | None]) -> None:
+    """Save after steps 1, 2, ... with a score each; write those kept after each, and what was
+    complete before the manifest of each, to FOLDER/kept.json."""
+    from cluster.checkpoints import BEST_BY, CheckpointWriter
+
+    run, state = storage(folder / "scores"), _state(ENGINES["0"])
+
+    def complete() -> list[int]:
+        return [found.step for found in list_checkpoints(run)]
+
+    before, kept = [], []
+    writer = CheckpointWriter(
+        run, _lease(run), keep_last=2, keep_best=1, before_commit=lambda: before.append(complete())
+    )
+    for step, score in enumerate(scores, start=1):
+        writer.save(step, state, {} if score is None else {BEST_BY: score})
+        writer.wait()
+        kept.append(complete())
+    writer.close()
+    (folder / "kept.json").write_text(json.dumps({"before": before, "kept": kept}))
+
+
+class _LateStorage(Storage):
+    """Something happens between the call to put a manifest and its arrival."""
+
+    meanwhile: Callable[[], None]
+
+    def put(self, key: str, data: bytes) -> None:
+        if key.endswith(MANIFEST):
+            self.meanwhile()
+        super().put(key, data)
+
+
+def commit_late(folder: Path) -> None:
+    """A commit arrives when a later start of the workers has begun, which then commits itself."""
+    from cluster.checkpoints import CheckpointWriter
+
+    run, state = storage(folder / "late"), _state(ENGINES["0"])
+    late = _LateStorage(run.url, StorageConfig(), Patience())
+    first = _lease(run)
+
+    def begin() -> None:
+        first.advance(run)
+        delete_incomplete(run)
+
+    def save(store: Storage, lease: Lease, step: int) -> dict:
+        writer = CheckpointWriter(store, lease, keep_last=1, keep_best=0)
+        writer.save(step, state, {})
+        try:
+            writer.wait()
+            said = ""
+        except StorageError as error:
+            said = str(error)
+        writer.close()
+        complete = [found.step for found in list_checkpoints(run)]
+        manifests = [key for key in run.list() if key.endswith(MANIFEST)]
+        return {"said": said, "complete": complete, "manifests": len(manifests)}
+
+    late.meanwhile = begin
+    outcomes = [save(run, first, 400), save(late, first, 600)]
+    outcomes.append(save(run, first.newest(run), 500))
+    (folder / "late.json").write_text(json.dumps(outcomes))
+
+
+def start_again(folder: Path) -> None:
+    """Where each rank goes on when the last one's storage shows a checkpoint more, and then when
+    another writer has the run; rank 0 writes FOLDER/starts.json."""
+    from cluster.start import agree_on_start
+
+    rank = dist.get_rank()
+    run = storage(folder / f"start-{rank}")
+    lease = _lease(run)
+    for step in (500, 600)[: rank + 1]:
+        checkpoint = Checkpoint(step, 1, 1, 1, {}, {})
+        run.put(f"{checkpoint.prefix}/student-00000.safetensors", b"")
+        run.put(f"{checkpoint.prefix}/{MANIFEST}", json.dumps(asdict(checkpoint)).encode())
+    start = agree_on_start(TrainConfig(), run, lease)
+    found = [start.checkpoint.step, start.lease.generation]
+    if rank == 0:
+        thief = Lease(9, "elsewhere", "other token")
+        run.put(thief.key, thief.document(0))
+    try:
+        agree_on_start(TrainConfig(), run, lease)
+    except LeaseError as error:
+        found.append(str(error))
+    of_ranks: list = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, found)
+    if rank == 0:
+        (folder / "starts.json").write_text(json.dumps(of_ranks))
 
 
 def diverge(folder: Path, stage: int, precision: str = "fp32") -> None:
@@ -71,7 +175,7 @@ def diverge(folder: Path, stage: int, precision: str = "fp32") -> None:
 
     Under fp16 one before it, whose gradients overflow by their loss scale.
     """
-    state = _state(stage, precision)
+    state = _state(EngineConfig(zero_stage=stage, precision=precision))
     if precision == "fp16":
         state.engine.loss_scale.value = 2.0**100
         said = [_step_once(state, 1, spoil=False)]
@@ -119,20 +223,20 @@ def _train(state, steps: range) -> None:
         state.engine.update_teacher(state.teacher, decay)
 
 
-def _state(stage: int, precision: str = "fp32"):
+def _state(config: EngineConfig):
     from cluster.checkpoints import RunState
     from cluster.engine import Engine, shard_teacher
 
-    network, teacher, contrast = build(CONFIG, dist.new_group(), precision=precision)
+    network, teacher, contrast = build(CONFIG, dist.new_group(), precision=config.precision)
     use_batch_norm(network, CONFIG)
     use_batch_norm(teacher.network, CONFIG)
     engine = Engine(
         network,
-        EngineConfig(zero_stage=stage, precision=precision),
+        config,
         CONFIG.optimization,
         projection_start=CONFIG.contrast.start,
     )
-    if stage == 3:
+    if config.zero_stage == 3:
         shard_teacher(teacher)
     return RunState(engine, teacher, contrast)
 
@@ -140,14 +244,18 @@ def _state(stage: int, precision: str = "fp32"):
 def _save(run: Storage, state, step: int) -> None:
     from cluster.checkpoints import CheckpointWriter
 
-    lease = Lease(1, "test", "token")
-    if dist.get_rank() == 0:
-        run.put(lease.key, lease.document(0))
-    writer = CheckpointWriter(run, lease, keep_last=2, keep_best=0)
+    writer = CheckpointWriter(run, _lease(run), keep_last=2, keep_best=0)
     writer.save(step, state, {})
     writer.wait()
     writer.close()
     dist.barrier()
+
+
+def _lease(run: Storage) -> Lease:
+    lease = Lease(1, "test", "token")
+    if dist.get_rank() == 0:
+        run.put(lease.key, lease.document(0))
+    return lease
 
 
 def storage(folder: Path) -> Storage:

@@ -41,6 +41,7 @@ def fork(tmp_path: Path) -> str:
     run.put(CONFIG, json.dumps(described(configure())).encode())
     checkpoint = Checkpoint(30, 1, 1, 1, {}, {})
     run.put(f"{checkpoint.prefix}/{MANIFEST}", json.dumps(asdict(checkpoint)).encode())
+    run.put(f"{checkpoint.prefix}/student-00000.safetensors", b"")
     return f"{run.url}/{checkpoint.prefix}"
 
 

@@ -96,6 +96,5 @@ def test_a_run_that_diverges_names_terms_and_samples_and_is_not_tried_again(data
     line = job.stderr.splitlines()[-1]
     for part in ("step 1 is not finite", "source_ce", "frame0", "last checkpoint is of step 1"):
         assert part in line
-    assert list((tmp_path / "wild/checkpoints").iterdir()) == [
-        tmp_path / "wild/checkpoints/step-00000001-1"
-    ]
+    (saved,) = (tmp_path / "wild/checkpoints").iterdir()
+    assert saved.name.startswith("step-00000001-")

@@ -1,6 +1,7 @@
 """Faults of real processes in mid-run: the run ends as if it had never met one."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def check_a_fault(
 
 def files_of(run: Path) -> set[Path]:
     """What lies in a run, apart from what a start of the workers adds and a profile."""
-    files = {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
+    names = (str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
+    # A start has a generation of its own.
+    files = {Path(re.sub(r"(step-\d+)-\d+/|(lease)/.*", r"\1\2/", name)) for name in names}
     return {path for path in files if path.parts[0] not in ("tensorboard", "stacks", "profile")}
 
 

@@ -48,12 +48,12 @@ def test_a_second_writer_is_refused_and_a_fenced_one_commits_nothing(
         assert second.returncode != 0
         assert f"process {job.pid}, whose lease lasts to" in second.stderr.splitlines()[-1]
 
-        thief = Lease(2, "elsewhere process 1", "token")
+        thief = Lease(3, "elsewhere process 1", "token")
         run.put(thief.key, thief.document(time.time() + 3600))
         _, errors = job.communicate(timeout=120)
     assert job.returncode != 0
     assert "was taken over by elsewhere process 1" in errors.splitlines()[-1]
-    assert {checkpoint.generation for checkpoint in list_checkpoints(run)} == {1}
+    assert {checkpoint.generation for checkpoint in list_checkpoints(run)} == {2}
 
 
 def drain(cluster: Cluster, node_id: str, seconds: int) -> None:

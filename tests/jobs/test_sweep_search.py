@@ -66,6 +66,7 @@ def leave_a_run(config: TrainConfig, until: int) -> None:
     run.put("metrics.jsonl", "\n".join(lines).encode())
     run.put("config.json", json.dumps(asdict(config)).encode())
     checkpoint = Checkpoint(until, 1, 1, 1, {}, {})
+    run.put(f"{checkpoint.prefix}/student-00000.safetensors", b"")
     run.put(f"{checkpoint.prefix}/{MANIFEST}", json.dumps(asdict(checkpoint)).encode())
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def test_a_run_leaves_config_metrics_events_checkpoints_and_panels(trained):
     assert [line["step"] for line in metrics(run) if "student_miou" in line] == [2, 5]
     assert list((run / "tensorboard").glob("events*"))
     assert (run / "panels/step-00000003.png").read_bytes().startswith(b"\x89PNG")
-    manifest = json.loads((run / "checkpoints/step-00000006-1/manifest.json").read_text())
+    (saved,) = run.glob("checkpoints/step-00000006-*")
+    manifest = json.loads((saved / "manifest.json").read_text())
     for part in ("student", "optimizer", "teacher"):
         for rank in range(2):
             assert f"{part}-{rank:05d}.safetensors" in manifest["files"]
@@ -31,6 +33,8 @@ def test_a_run_leaves_config_metrics_events_checkpoints_and_panels(trained):
     assert manifest["metrics"].keys() == {
         f"{n}_{m}" for n in ("student", "teacher") for m in measured
     }
+    assert manifest["config"] == json.loads((run / "config.json").read_text())
+    assert manifest["versions"]["torch"] == version("torch")
     assert not list(run.rglob("*.tmp*"))
 
 
@@ -84,8 +88,8 @@ def killed(joined, trained, s3, folder, write_dataset) -> tuple[Storage, dict[st
         "runs": f"{bucket}/killed",
         "storage.endpoint": s3.endpoint,
     }
-    first, second = (
-        f"killed/first/checkpoints/step-0000000{step}-1/manifest.json" for step in "36"
+    first, second = (  # 2: the driver's lease is generation 1, its workers' the next one
+        f"killed/first/checkpoints/step-0000000{step}-2/manifest.json" for step in "36"
     )
     with subprocess.Popen(
         command("jobs.train", options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -132,7 +136,8 @@ def test_a_run_that_goes_on_draws_the_dropout_of_one_that_was_not_interrupted(tr
     options = {**trained[1], "model.dropout": "0.3", "runs": str(tmp_path / "whole")}
     assert run_job("jobs.train", options).returncode == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    shutil.rmtree(tmp_path / "parts/first/checkpoints/step-00000006-1")
+    (last,) = (tmp_path / "parts/first/checkpoints").glob("step-00000006-*")
+    shutil.rmtree(last)
     assert run_job("jobs.train", {**options, "runs": str(tmp_path / "parts")}).returncode == 0
     expected, found = (final_weights(tmp_path / f"{name}/first") for name in ("whole", "parts"))
     assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -1,0 +1,53 @@
+"""The start of a group of workers: by which right it writes, and where it goes on.
+
+Processes of the group before may still live, and commit. So rank 0 fences them first, and chooses
+for all: ranks that looked for themselves could go on from different checkpoints.
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from cluster.checkpoint_format import Checkpoint, delete_incomplete, list_checkpoints
+from cluster.config import TrainConfig
+from cluster.lease import Lease, LeaseError
+from cluster.run_config import find_checkpoint
+from cluster.storage import Storage
+
+
+@dataclass(frozen=True)
+class Start:
+    """The same on all ranks. `checkpoint` is None at the beginning of a run that is no fork."""
+
+    lease: Lease
+    checkpoint: Checkpoint | None
+    url: str  # of the run that the checkpoint is of
+
+
+def agree_on_start(config: TrainConfig, run: Storage, lease: Lease) -> Start:
+    """Fence the groups before, clear up after them, and choose where to go on. A collective.
+
+    `lease` is the driver's. Raises LeaseError, on all ranks, where the run has another writer.
+    """
+    chosen: list[Start | LeaseError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            chosen = [_begin(config, run, lease)]
+        except LeaseError as error:
+            chosen = [error]
+    dist.broadcast_object_list(chosen)
+    (start,) = chosen
+    if isinstance(start, LeaseError):
+        raise start
+    return start
+
+
+def _begin(config: TrainConfig, run: Storage, lease: Lease) -> Start:
+    lease = lease.advance(run)
+    delete_incomplete(run)
+    if complete := list_checkpoints(run):
+        return Start(lease, complete[-1], run.url)
+    if config.fork:
+        parent, checkpoint = find_checkpoint(config)
+        return Start(lease, checkpoint, parent.url)
+    return Start(lease, None, run.url)
