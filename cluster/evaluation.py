@@ -262,7 +262,7 @@ def evaluate_tasks(
 
 
 def mean_ious(matrix: ConfusionMatrix, taxonomy: Taxonomy) -> dict[str, float]:
-    """Fractions: "miou" and, of the 19 classes of Cityscapes, "miou_16" and "miou_13"."""
+    """Fractions: "miou" and, of 19 or 16 classes of Cityscapes, "miou_16" and "miou_13"."""
     subsets = taxonomy.reported_subsets()
     means = {f"miou_{count}": matrix.mean_iou(ids) for count, ids in subsets.items()}
     return {"miou": matrix.mean_iou(), **means}
