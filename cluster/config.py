@@ -150,7 +150,8 @@ class TrainConfig(MethodConfig):
 
             # Merged once for the contradictions it refuses.
             engine = replace(self.engine, deepspeed=read_deepspeed(self.engine.deepspeed))
-            deepspeed_config(engine, self.optimization, self.worker_range.max)
+            for workers in (self.worker_range.min, self.worker_range.max):
+                deepspeed_config(engine, self.optimization, workers)
         positive = ("hang_timeout", "log_every", "checkpoint_every", "keep_last", "panel_every")
         for name in positive:
             if getattr(self, name) < 1:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cluster.config import EngineConfig, TrainConfig
+from cluster.config import EngineConfig, TrainConfig, WorkerRange
 from cluster.deepspeed_config import deepspeed_config, read_deepspeed
 from sepico.config import OptimizationConfig
 
@@ -56,6 +56,12 @@ def test_a_contradiction_is_refused_with_the_command_line():
     engine = EngineConfig(deepspeed='{"gradient_clipping": 1.0}')
     with pytest.raises(ValueError, match=r"gradient_clipping = 1\.0 contradicts 0\.0"):
         TrainConfig(engine=engine)
+
+
+def test_a_share_of_the_batch_must_hold_for_all_of_an_elastic_range():
+    engine = EngineConfig(deepspeed='{"train_micro_batch_size_per_gpu": 1}')
+    with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu = 1 contradicts 2"):
+        TrainConfig(engine=engine, workers=WorkerRange(1, 2))
 
 
 def test_a_file_is_read_and_a_missing_or_broken_one_is_named(tmp_path):
