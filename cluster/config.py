@@ -79,7 +79,8 @@ class TrainConfig(MethodConfig):
             configuration may differ in what acts from the contrast's start on: method, and of
             contrast temperature, weights and (shorter) bank_length.
         workers: Ray Train workers; one GPU each where the cluster has GPUs. A number, or an
-            elastic range {min: 2, max: 8}, whose workers may share a global batch unevenly.
+            elastic range {min: 2, max: 8}, all of which work, also where they share the global
+            batch unevenly: a step then takes as long as with the next number that divides it.
         cpus_per_worker: CPU cores and compute threads of a worker; 0 shares the cluster's out, as
             it is when the run starts.
         placement_timeout: Seconds to wait for a cluster that grows to hold the workers. If it
@@ -143,6 +144,13 @@ class TrainConfig(MethodConfig):
                 f"optimization.micro_batch {self.optimization.micro_batch} makes {passes} passes a "
                 "step, over which the regulariser is not a sum: set contrast.regularizer_weight "
                 "to 0, or micro_batch to 0"
+            )
+        elastic = self.worker_range.min < self.worker_range.max
+        if passes > 1 and elastic and self.engine.batch_norm != "frozen":
+            raise ValueError(
+                f"optimization.micro_batch {self.optimization.micro_batch}: batch-norm sees one "
+                "pass of all workers at a time, so its numbers would change with theirs: set "
+                "engine.batch_norm to frozen, workers to one number, or micro_batch to 0"
             )
         if self.engine.deepspeed:
             # Which needs EngineConfig.

@@ -1,4 +1,4 @@
-"""The start of a group of workers: by which right it writes, and where it goes on.
+"""The start of a group of workers: by which right it writes, where it goes on, how it computes.
 
 Processes of the group before may still live, and commit. So rank 0 fences them first, and chooses
 for all: ranks that looked for themselves could go on from different checkpoints.
@@ -6,10 +6,12 @@ for all: ranks that looked for themselves could go on from different checkpoints
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from cluster.checkpoint_format import Checkpoint, delete_incomplete, list_checkpoints
 from cluster.config import TrainConfig
+from cluster.engine import autocast_dtype
 from cluster.lease import Lease, LeaseError
 from cluster.run_config import find_checkpoint
 from cluster.storage import Storage
@@ -51,3 +53,14 @@ def _begin(config: TrainConfig, run: Storage, lease: Lease) -> Start:
         parent, checkpoint = find_checkpoint(config)
         return Start(lease, checkpoint, parent.url)
     return Start(lease, None, run.url)
+
+
+def agree_on_precision(precision: str) -> torch.dtype | None:
+    """Dtype of the autocast that all ranks take: "auto" is none on nodes that differ. A collective.
+
+    The gradients of a step would otherwise be of two precisions, in shares that change with the
+    nodes.
+    """
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, autocast_dtype(precision))
+    return of_ranks[0] if len(set(of_ranks)) == 1 else None

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -17,7 +18,6 @@ from cluster.config import TrainConfig
 from cluster.engine import (
     DivergenceError,
     Engine,
-    autocast_dtype,
     set_up_process,
     shard_teacher,
 )
@@ -29,7 +29,7 @@ from cluster.process_group import TIMEOUT
 from cluster.profiling import StepProfiler
 from cluster.reader import LostSampleError
 from cluster.run_config import load_config
-from cluster.start import Start, agree_on_start
+from cluster.start import Start, agree_on_precision, agree_on_start
 from cluster.step_metrics import StepMetrics
 from cluster.storage import Storage, open_storage
 from cluster.telemetry import RunLog
@@ -97,7 +97,7 @@ class _Trainer:
         torch.manual_seed(config.seed)
         build = build_blank if start.checkpoint else build_segmentor
         network = build(config.model, with_projection=adapts).to(device)
-        network.autocast_dtype = autocast_dtype(config.engine.precision)
+        network.autocast_dtype = agree_on_precision(config.engine.precision)
         self.teacher = Teacher(copy.deepcopy(network)) if adapts else None
         self.contrast = None
         if adapts:
@@ -159,6 +159,8 @@ class _Trainer:
         self.metrics = StepMetrics(
             config, self.step, self.engine, self.loader, self.log, progress, self.start
         )
+        if self.rank == 0:
+            self._tell_start(network.autocast_dtype)
         self.preemption: ray.train.PreemptionInfo | None = None
         self.profiler = self._profiler() if config.profile and self.rank == 0 else None
 
@@ -181,6 +183,18 @@ class _Trainer:
         profiler.part("logging", self.metrics, "show")
         profiler.part("validation", self, "_validate")
         return profiler
+
+    def _tell_start(self, autocast: torch.dtype | None) -> None:
+        precision = str(autocast or torch.float32).removeprefix("torch.")
+        fields = {"step": self.start, "workers": self.world_size, "precision": precision}
+        batch = self.config.optimization.global_batch
+        if batch % self.world_size:
+            slowest = math.ceil(batch / self.world_size)
+            fields["message"] = (
+                f"{self.world_size} workers share {batch} samples unevenly: a step takes as long "
+                f"as with {math.ceil(batch / slowest)}"
+            )
+        self.progress.event.remote("info", "workers", fields)
 
     def _warn(self, message: str) -> None:
         self.progress.event.remote("warning", "upload_failed", {"message": message})

@@ -181,7 +181,8 @@ class OptimizationConfig:
         iterations: Length of the run, in steps of `reference_batch` images.
         global_batch: Images of each domain in one optimiser step, over all workers.
         micro_batch: Images of each domain in one pass of a worker; 0 for all of its share. More
-            passes cost time in place of memory, and batch-norm sees one pass at a time.
+            passes cost time in place of memory, and batch-norm sees one pass of all workers at a
+            time: unless it is frozen, its numbers depend on micro_batch times workers.
         reference_batch: Images a step at which iterations, warm-up and EMA decay are counted.
         scale_lr: How the rate follows global_batch / reference_batch.
         lr: Peak learning rate of the encoder.

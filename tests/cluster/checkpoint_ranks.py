@@ -144,9 +144,10 @@ def commit_late(folder: Path) -> None:
 
 
 def start_again(folder: Path) -> None:
-    """Where each rank goes on when the last one's storage shows a checkpoint more, and then when
-    another writer has the run; rank 0 writes FOLDER/starts.json."""
-    from cluster.start import agree_on_start
+    """Where each rank goes on when the last one's storage shows a checkpoint more, in which
+    precision on nodes that are alike and that differ, and what it says when another writer has the
+    run; rank 0 writes FOLDER/starts.json."""
+    from cluster import start as starts
 
     rank = dist.get_rank()
     run = storage(folder / f"start-{rank}")
@@ -155,13 +156,17 @@ def start_again(folder: Path) -> None:
         checkpoint = Checkpoint(step, 1, 1, 1, {}, {})
         run.put(f"{checkpoint.prefix}/student-00000.safetensors", b"")
         run.put(f"{checkpoint.prefix}/{MANIFEST}", json.dumps(asdict(checkpoint)).encode())
-    start = agree_on_start(TrainConfig(), run, lease)
+    start = starts.agree_on_start(TrainConfig(), run, lease)
     found = [start.checkpoint.step, start.lease.generation]
+    fast = {0: torch.bfloat16, 1: None}[rank]
+    for of_nodes in (lambda _: torch.bfloat16, lambda _: fast):
+        starts.autocast_dtype = of_nodes
+        found.append(str(starts.agree_on_precision("auto")))
     if rank == 0:
         thief = Lease(9, "elsewhere", "other token")
         run.put(thief.key, thief.document(0))
     try:
-        agree_on_start(TrainConfig(), run, lease)
+        starts.agree_on_start(TrainConfig(), run, lease)
     except LeaseError as error:
         found.append(str(error))
     of_ranks: list = [None] * dist.get_world_size()

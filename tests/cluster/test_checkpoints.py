@@ -210,12 +210,13 @@ def test_a_commit_that_arrives_after_its_successor_began_neither_counts_nor_dele
     assert successor["complete"] == [500] and not successor["said"]
 
 
-def test_rank_0_says_where_to_go_on_and_who_may_write(tmp_path):
+def test_ranks_agree_on_where_to_go_on_who_may_write_and_the_precision(tmp_path):
     run_ranks(run_rank, 2, str(tmp_path), "start_again", [()])
     first, second = json.loads((tmp_path / "starts.json").read_text())
     assert first == second
-    step, generation, refusal = first
+    step, generation, alike, different, refusal = first
     assert (step, generation) == (500, 2)
+    assert (alike, different) == ("torch.bfloat16", "None")
     assert "was taken over by elsewhere" in refusal
 
 
