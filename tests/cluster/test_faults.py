@@ -133,7 +133,7 @@ def test_a_manifest_is_read_again(url, proxy, monkeypatch, tmp_path, fault, shar
 
 def test_a_manifest_that_stays_damaged_is_an_error(url, proxy):
     proxy.whole_reads = ["flip"] * 100
-    with pytest.raises(UnreadableManifestError, match=r"damaged.*: ingest it again \(4 attempts\)"):
+    with pytest.raises(UnreadableManifestError, match=r"damaged.*: ingest it again \(8 attempts\)"):
         read_manifest(open_storage(url, StorageConfig(endpoint=proxy.endpoint)))
 
 
