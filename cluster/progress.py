@@ -29,6 +29,9 @@ class ProgressActor:
         self._arrived = self._allowed = -1
         self._ends = False
         self._verdicts: dict[int, bool] = {}
+        self._saved = asyncio.Event()
+        self._saved.set()
+        self._asked = (-1, False)
 
     def update(self, done: int, total: int, shown: dict[str, str]) -> None:
         self._latest = {"done": done, "total": total, "shown": shown}
@@ -58,6 +61,22 @@ class ProgressActor:
             events.append(("warning", "hangs", {"step": step, "message": message}))
         self._hung = {}
         return self._latest, events
+
+    async def save_checkpoint(self) -> None:
+        """Ask the workers for a checkpoint; returns once one is committed."""
+        self._saved.clear()
+        await self._saved.wait()
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether workers that have done `step` steps write a checkpoint: the same for all."""
+        if step != self._asked[0]:
+            self._asked = step, not self._saved.is_set()
+        return self._asked[1]
+
+    async def committed(self, step: int, key: str) -> None:
+        """A checkpoint is complete."""
+        self._saved.set()
+        self.event("info", "checkpoint", {"step": step, "key": key})
 
     async def allow(self, step: int) -> None:
         """Let workers that pause before `step` train on to it."""

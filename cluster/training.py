@@ -105,6 +105,7 @@ def _train(
             storage=config.storage,
             folder=config.run,
             max_failures=config.max_failures,
+            progress=progress,
         )
 
 

@@ -43,8 +43,8 @@ from sepico.schedule import contrast_start_step, ema_decay
 from sepico.step import AdaptationStep
 from sepico.teacher import Teacher, class_weights
 
-# Ray's answer is a call to an actor and a barrier of all workers.
-PREEMPTION_POLL_STEPS = 5
+# Between questions whether the group is about to end: calls to actors, a barrier of all workers.
+POLL_STEPS = 5
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, float] | Ended:
@@ -201,8 +201,7 @@ class _Trainer:
 
     def _committed(self, checkpoint: Checkpoint) -> None:
         self.log.committed()
-        fields = {"step": checkpoint.step, "key": checkpoint.prefix}
-        self.progress.event.remote("info", "checkpoint", fields)
+        self.progress.committed.remote(checkpoint.step, checkpoint.prefix)
 
     def close(self) -> None:
         self.loader.close()
@@ -242,10 +241,10 @@ class _Trainer:
             )
             if validate:
                 validated = self._validate(student, step)
-            drained = done % PREEMPTION_POLL_STEPS == 0 and self._is_drained(done)
-            if done % self.config.checkpoint_every == 0 or rests or drained:
+            ends = done % POLL_STEPS == 0 and (self._is_drained(done) or self._is_resized(done))
+            if done % self.config.checkpoint_every == 0 or rests or ends:
                 self.checkpoints.save(done, self.state, validated if validate else {})
-            if drained or rests:
+            if ends or rests:
                 self.checkpoints.wait()
             self.checkpoints.poll()
             if self.log:
@@ -299,6 +298,11 @@ class _Trainer:
             message = f"node {nodes} is being drained: checkpoint at step {done}"
             self.progress.event.remote("warning", "drained", {"step": done, "message": message})
         return True
+
+    def _is_resized(self, done: int) -> bool:
+        """Whether the group waits for a checkpoint to become larger or smaller. Ranks agree."""
+        fewest, most = self.config.worker_range.min, self.config.worker_range.max
+        return fewest < most and ray.get(self.progress.wants_checkpoint.remote(done))
 
     def _seed(self, step: int) -> None:
         """Dropout draws from torch's generator: an address a step and rank makes a resume exact."""

@@ -23,6 +23,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import (
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from cluster.config import WorkerRange
+from cluster.elasticity import ResizeAfterCheckpoint
 from cluster.errors import WorkError
 from cluster.events import EVENTS
 from cluster.process_group import ProcessGroup
@@ -159,11 +160,13 @@ def launch(
     storage: StorageConfig,
     folder: str,
     max_failures: int = 0,
+    progress: Any = None,
 ) -> Any:
     """Run `worker` ("module:function", called with `payload`) on a Ray Train group.
 
     Ray starts as many of an elastic range as there is room for, and starts the group again when
-    that changes. Returns rank 0's return value. Raises WorkError with the worker's own message for
+    that changes, once the workers have answered the run's ProgressActor, `progress`, with a
+    checkpoint. Returns rank 0's return value. Raises WorkError with the worker's own message for
     bad data, RuntimeError for anything else.
     """
     filesystem, path = pyarrow_filesystem(folder, storage)
@@ -186,6 +189,7 @@ def launch(
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
         ),
     )
+    trainer.progress = progress
     try:
         return trainer.fit().return_value
     except (KeyboardInterrupt, SystemExit):
@@ -208,6 +212,7 @@ class _Trainer(DataParallelTrainer):
     starts no process that is not needed: where an actor, a sweep's trial, calls `fit`, that is the
     controller."""
 
+    progress: Any = None
     _controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -215,6 +220,9 @@ class _Trainer(DataParallelTrainer):
         return [each for each in callbacks if not isinstance(each, UNUSED_CALLBACKS)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
+        if self.scaling_config.elasticity_enabled:
+            policy = ResizeAfterCheckpoint(self.scaling_config, self.progress)
+            settings["scaling_policy"] = policy
         if ray.get_runtime_context().get_actor_id() is None:
             return super()._initialize_and_run_controller(**settings)
         return run_in_actor(**settings)

@@ -1,0 +1,39 @@
+"""When a running group of workers follows the cluster's size: right after a checkpoint.
+
+Ray's own policy ends the group as soon as it sees room for more workers, and the steps since the
+last checkpoint are lost: pods that come one by one would keep a run from ever writing one.
+"""
+
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ScalingDecision,
+)
+
+
+class ResizeAfterCheckpoint(ElasticScalingPolicy):
+    """Ray's policy, whose resizes wait for a checkpoint that `progress`, a ProgressActor, asks the
+    workers for."""
+
+    def __init__(self, scaling_config: ray.train.ScalingConfig, progress: Any) -> None:
+        super().__init__(scaling_config)
+        self._progress = progress
+        self._resize: ScalingDecision | None = None
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._resize = None  # of the group before
+        return super().make_decision_for_non_running_worker_group()
+
+    def make_decision_for_running_worker_group(self, *group: Any, **named: Any) -> ScalingDecision:
+        if self._resize is None:
+            decision = super().make_decision_for_running_worker_group(*group, **named)
+            if not isinstance(decision, NoopDecision):
+                self._resize, self._saved = decision, self._progress.save_checkpoint.remote()
+            return NoopDecision()
+        if not ray.wait([self._saved], timeout=0)[0]:
+            return NoopDecision()
+        decision, self._resize = self._resize, None
+        return decision
