@@ -73,13 +73,13 @@ class Checkpoint:
 def list_checkpoints(storage: Storage) -> list[Checkpoint]:
     """Complete checkpoints of a run, oldest first. Raises DamagedCheckpointError."""
     found = []
-    for key in _manifests(storage):
+    for key in complete_manifests(storage):
         with suppress(MissingObjectError):  # a training may delete it after the listing
             found.append(_read(storage, key))
     return found
 
 
-def _manifests(storage: Storage) -> list[str]:
+def complete_manifests(storage: Storage) -> list[str]:
     """Keys of the manifests of complete checkpoints, oldest first."""
     keys = storage.list(FOLDER)
     files = Counter(map(_folder, keys))
@@ -109,7 +109,7 @@ def _read(storage: Storage, key: str) -> Checkpoint:
 
 def delete_incomplete(storage: Storage) -> None:
     """Remove what interrupted writes and deletions left. For the run's only writer."""
-    complete = set(map(_folder, _manifests(storage)))
+    complete = set(map(_folder, complete_manifests(storage)))
     for key in storage.list(FOLDER):
         if _folder(key) not in complete:
             storage.delete(key)
@@ -129,7 +129,7 @@ def check_newest(storage: Storage, *, fall_back: bool) -> Checkpoint | None:
     With `fall_back` one that is damaged is deleted and the one before is taken, if there is one.
     Raises DamagedCheckpointError, for the manifests of older ones too. For the run's only writer.
     """
-    newest, complete = None, _manifests(storage)
+    newest, complete = None, complete_manifests(storage)
     for key in reversed(complete):
         try:
             checkpoint = _read(storage, key)

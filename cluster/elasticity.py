@@ -4,6 +4,7 @@ Ray's own policy ends the group as soon as it sees room for more workers, and th
 last checkpoint are lost: pods that come one by one would keep a run from ever writing one.
 """
 
+import math
 from typing import Any
 
 import ray
@@ -21,19 +22,21 @@ class ResizeAfterCheckpoint(ElasticScalingPolicy):
     def __init__(self, scaling_config: ray.train.ScalingConfig, progress: Any) -> None:
         super().__init__(scaling_config)
         self._progress = progress
-        self._resize: ScalingDecision | None = None
+        self._saved: ray.ObjectRef | None = None  # ready once the checkpoint is there
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        self._resize = None  # of the group before
+        self._saved = None  # of the group before
         return super().make_decision_for_non_running_worker_group()
 
     def make_decision_for_running_worker_group(self, *group: Any, **named: Any) -> ScalingDecision:
-        if self._resize is None:
-            decision = super().make_decision_for_running_worker_group(*group, **named)
-            if not isinstance(decision, NoopDecision):
-                self._resize, self._saved = decision, self._progress.save_checkpoint.remote()
+        if self._saved is not None:
+            self._maybe_send_resource_request()  # Ray forgets the group that does not repeat it
+            if not ray.wait([self._saved], timeout=0)[0]:
+                return NoopDecision()
+            self._latest_monitor_time = -math.inf  # the cluster may have changed again: look now
+        decision = super().make_decision_for_running_worker_group(*group, **named)
+        saved, self._saved = self._saved, None
+        if saved is None and not isinstance(decision, NoopDecision):
+            self._saved = self._progress.save_checkpoint.remote()
             return NoopDecision()
-        if not ray.wait([self._saved], timeout=0)[0]:
-            return NoopDecision()
-        decision, self._resize = self._resize, None
         return decision

@@ -32,6 +32,7 @@ class ProgressActor:
         self._saved = asyncio.Event()
         self._saved.set()
         self._asked = (-1, False)
+        self._due: int | None = None  # the step of the checkpoint that is asked for
 
     def update(self, done: int, total: int, shown: dict[str, str]) -> None:
         self._latest = {"done": done, "total": total, "shown": shown}
@@ -65,17 +66,20 @@ class ProgressActor:
     async def save_checkpoint(self) -> None:
         """Ask the workers for a checkpoint; returns once one is committed."""
         self._saved.clear()
+        self._due = None
         await self._saved.wait()
 
     def wants_checkpoint(self, step: int) -> bool:
         """Whether workers that have done `step` steps write a checkpoint: the same for all."""
         if step != self._asked[0]:
             self._asked = step, not self._saved.is_set()
+            self._due = step if self._asked[1] else None
         return self._asked[1]
 
     async def committed(self, step: int, key: str) -> None:
-        """A checkpoint is complete."""
-        self._saved.set()
+        """A checkpoint is complete, be it one that was begun before it was asked for."""
+        if self._due is not None and step >= self._due:
+            self._saved.set()
         self.event("info", "checkpoint", {"step": step, "key": key})
 
     async def allow(self, step: int) -> None:

@@ -31,6 +31,7 @@ def agree_on_start(config: TrainConfig, run: Storage, lease: Lease) -> Start:
 
     `lease` is the driver's. Raises LeaseError, on all ranks, where the run has another writer.
     """
+    dist.barrier()  # a rank 0 that was held up until its group was gone must not fence the next one
     chosen: list[Start | LeaseError | None] = [None]
     if dist.get_rank() == 0:
         try:

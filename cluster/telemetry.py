@@ -83,8 +83,8 @@ class RunLog:
         if self._fenced is not None:
             raise self._fenced
 
-    def upload(self) -> None:
-        """Upload what has changed. Raises nothing that a store says."""
+    def upload(self, *, needed: bool = False) -> None:
+        """Upload what has changed; raises what the store, or the local disk, says if `needed`."""
         with self._uploading:
             if self._fenced is not None:
                 return
@@ -97,7 +97,9 @@ class RunLog:
                 self._failing = False
             except LeaseError as error:
                 self._fenced = error
-            except StorageError as error:
+            except (StorageError, OSError) as error:
+                if needed:
+                    raise
                 if not self._failing:
                     self._warn(f"{error}: metrics and pictures are uploaded later")
                 self._failing = True

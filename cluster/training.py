@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint_format import check_newest, delete_incomplete, list_checkpoints
+from cluster.checkpoint_format import check_newest, complete_manifests, delete_incomplete
 from cluster.config import TrainConfig
 from cluster.data import check_data, check_set
 from cluster.deepspeed_config import read_deepspeed
@@ -52,7 +52,7 @@ def train(
     run.check()
     wanted = described(config)
     check_continuation(run, wanted)
-    if config.fork and not list_checkpoints(run):
+    if config.fork and not complete_manifests(run):
         check_fork(config, wanted)
     if pauses is None:  # a search has checked its networks before its first trial
         check_network(config)

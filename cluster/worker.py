@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -153,7 +154,7 @@ class _Trainer:
             config.keep_best,
             origin,
             # A resume cannot write the lines before it again.
-            before_commit=self.log.upload if self.log else lambda: None,
+            before_commit=partial(self.log.upload, needed=True) if self.log else lambda: None,
             committed=self._committed,
         )
         self.metrics = StepMetrics(

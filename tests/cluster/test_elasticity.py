@@ -55,3 +55,14 @@ def test_all_workers_hear_the_same_at_a_step(decide, progress):
     decide()
     assert not wants_checkpoint(progress, 5)
     assert wants_checkpoint(progress, 10)
+
+
+def test_a_checkpoint_that_was_begun_before_does_not_count(decide, progress):
+    decide()
+    ray.get(progress.committed.remote(10, "checkpoints/step-00000010-1"))
+    assert wants_checkpoint(progress, 15)
+    ray.get(progress.committed.remote(10, "checkpoints/step-00000010-1"))
+    assert isinstance(decide(), NoopDecision)
+    assert wants_checkpoint(progress, 20)
+    ray.get(progress.committed.remote(20, "checkpoints/step-00000020-1"))
+    assert not wants_checkpoint(progress, 25)

@@ -11,7 +11,7 @@ from torchvision.io import encode_png
 from cluster import telemetry
 from cluster.lease import Lease, LeaseError
 from cluster.run_config import METRICS
-from cluster.storage import Patience, Storage, StorageConfig, open_storage
+from cluster.storage import Patience, Storage, StorageConfig, StorageError, open_storage
 from cluster.telemetry import RunLog
 
 PNG = encode_png(torch.zeros(3, 4, 4, dtype=torch.uint8)).numpy().tobytes()
@@ -114,6 +114,8 @@ def test_what_a_store_refuses_is_one_warning_and_uploaded_later(run, begin, tmp_
     log.upload()
     (warning,) = log.warnings
     assert METRICS in warning and "uploaded later" in warning
+    with pytest.raises(StorageError, match=METRICS):
+        log.upload(needed=True)  # as before a checkpoint, whose resume would miss the lines
     in_the_way.rmdir()
     in_the_way.parent.rmdir()
     log.close()
