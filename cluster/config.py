@@ -80,7 +80,7 @@ class TrainConfig(MethodConfig):
             contrast temperature, weights and (shorter) bank_length.
         workers: Ray Train workers; one GPU each where the cluster has GPUs. A number, or an
             elastic range {min: 2, max: 8}, all of which work, also where they share the global
-            batch unevenly: a step then takes as long as with the next number that divides it.
+            batch unevenly: all then wait for those with a sample more.
         cpus_per_worker: CPU cores and compute threads of a worker; 0 shares the cluster's out, as
             it is when the run starts.
         placement_timeout: Seconds to wait for a cluster that grows to hold the workers. If it

@@ -190,10 +190,9 @@ class _Trainer:
         fields = {"step": self.start, "workers": self.world_size, "precision": precision}
         batch = self.config.optimization.global_batch
         if batch % self.world_size:
-            slowest = math.ceil(batch / self.world_size)
+            most = math.ceil(batch / self.world_size)
             fields["message"] = (
-                f"{self.world_size} workers share {batch} samples unevenly: a step takes as long "
-                f"as with {math.ceil(batch / slowest)}"
+                f"{batch} samples are shared unevenly: all wait for those with {most}"
             )
         self.progress.event.remote("info", "workers", fields)
 

@@ -47,6 +47,8 @@ def test_events_are_one_json_object_a_line(trained):
     events = [json.loads(line) for line in lines if line.startswith("{")]
     names = [event["event"] for event in events]
     assert names[0] == "started" and names[-1] == "finished"
+    (start,) = (event for event in events if event["event"] == "workers")
+    assert (start["step"], start["workers"], start["precision"]) == (0, 2, "float32")
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == [3, 6]
     assert [event["step"] for event in events if event["event"] == "validated"] == [3, 6]
     assert all(event["level"] == "info" and event["time"] for event in events)
