@@ -34,6 +34,7 @@ MANIFEST = "manifest.arrow"
 SCHEMA_VERSION = 2
 # A smaller manifest is unpacked by every process: a copy of its own costs less than a file.
 SHARED_FROM_BYTES = 4 * 2**20
+DOWNLOAD_BYTES = 32 * 2**20  # a request: more would take longer than one may
 
 
 class UnreadableManifestError(DamagedObjectError):
@@ -139,7 +140,7 @@ def _read(storage: Storage) -> pa.RecordBatch:
     if size < SHARED_FROM_BYTES:
         return _unpacked(storage.url, pa.py_buffer(storage.get(MANIFEST)))
     name = f"{storage.url}/{MANIFEST}"
-    plain = map_node_file(name, version, lambda path: _write_plain(storage, path))
+    plain = map_node_file(name, version, lambda path: _write_plain(storage, size, path))
     return pa.ipc.open_file(plain).get_batch(0)
 
 
@@ -178,11 +179,13 @@ def _unpacked(url: str, data: pa.Buffer) -> pa.RecordBatch:
     return pa.ipc.read_record_batch(data[begin:end], schema)
 
 
-def _write_plain(storage: Storage, path: Path) -> None:
+def _write_plain(storage: Storage, size: int, path: Path) -> None:
     """Write the verified manifest as an Arrow file whose columns can be used where they lie."""
     packed = path.with_suffix(".packed")
     try:
-        storage.download(MANIFEST, packed)
+        with packed.open("wb") as file:  # in ranges: each is granted a request's time
+            for begin in range(0, size, DOWNLOAD_BYTES):
+                file.write(storage.get_range(MANIFEST, begin, DOWNLOAD_BYTES))
         with pa.memory_map(str(packed)) as file:
             batch = _unpacked(storage.url, file.read_buffer())
     finally:

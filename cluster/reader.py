@@ -8,7 +8,7 @@ never skipped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pyarrow as pa
 import torch
@@ -176,7 +176,6 @@ def open_reader(
     counters: ReadCounters | None = None,
 ) -> ShardReader:
     """Open the data set at a URL. Raises StorageError as `read_manifest` does."""
-    # Repeats are read_manifest's, and a manifest may be large.
-    manifest = read_manifest(open_storage(url, config, replace(PATIENCE, request_s=120)))
     storage = open_storage(url, config, PATIENCE)
+    manifest = read_manifest(storage)
     return ShardReader(storage, manifest, references=references, cache=cache, counters=counters)

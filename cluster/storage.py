@@ -131,12 +131,6 @@ class Storage:
                 return False
             return True
 
-    def download(self, key: str, path: Path) -> None:
-        """Copy the object into a local file, piece by piece."""
-        with self._errors_name(key), path.open("wb") as file:
-            for piece in obstore.get(self._store, key).stream():
-                file.write(piece)
-
     def describe(self, key: str) -> tuple[int, str]:
         """The object's size in bytes, and a version that changes with its content."""
         with self._errors_name(key):

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.manifest import read_manifest, write_manifest
+from cluster.manifest import DOWNLOAD_BYTES, read_manifest, write_manifest
 from cluster.sampling import Sampler
 from cluster.shards import Shard
 from cluster.storage import StorageConfig, open_storage
@@ -129,9 +129,8 @@ def requests(folder: str, workers: int, per_node: int) -> None:
     size = Path(folder, "manifest.arrow").stat().st_size
     nodes = -(-workers // per_node)
     print(f"start of {workers} workers on {nodes} nodes, source and target of this size:")
-    print(
-        f"    HEAD {2 * workers}, GET {2 * nodes}, {2 * nodes * size / 1e9:.0f} GB in all, ", end=""
-    )
+    gets = 2 * nodes * -(-size // DOWNLOAD_BYTES)
+    print(f"    HEAD {2 * workers}, GET {gets}, {2 * nodes * size / 1e9:.0f} GB in all, ", end="")
     print(f"{2 * size / per_node / 1e6:.0f} MB a worker")
     manifest = read_manifest(open_storage(folder, StorageConfig()))
     sampler = Sampler(manifest.pixel_counts, len(manifest), global_batch=workers, **SETTINGS)

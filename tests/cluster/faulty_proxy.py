@@ -33,9 +33,9 @@ ERRORS = {
 class FaultyProxy:
     """Serves at `endpoint`; as a context manager, so that it ends with all its connections.
 
-    `share` of the ranged reads are spoiled, each by one of `faults`, drawn from `seed`; the next
-    reads of a whole Arrow file by those in `whole_reads`, in order. `served` counts the answers by
-    what happened to them ("whole" or the fault).
+    The next reads of Arrow files are spoiled by the faults in `planned`, in order; then `share` of
+    the ranged ones, each by one of `faults`, drawn from `seed`. `served` counts the answers by what
+    happened to them ("whole" or the fault).
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FaultyProxy:
         target = urllib.parse.urlsplit(upstream)
         self.upstream = target.hostname, target.port
         self.share, self.faults = share, faults
-        self.whole_reads: list[str] = []
+        self.planned: list[str] = []
         self.served: Counter[str] = Counter()
         self.closing = threading.Event()
         self._random = random.Random(seed)
@@ -68,11 +68,10 @@ class FaultyProxy:
         """What happens to the answer to `request`."""
         fate = "whole"
         with self._lock:
-            if b"\r\nrange:" in request.lower():
-                if self._random.random() < self.share:
-                    fate = self._random.choice(self.faults)
-            elif self.whole_reads and re.match(rb"GET \S+\.arrow[ ?]", request):
-                fate = self.whole_reads.pop(0)
+            if self.planned and re.match(rb"GET \S+\.arrow[ ?]", request):
+                fate = self.planned.pop(0)
+            elif b"\r\nrange:" in request.lower() and self._random.random() < self.share:
+                fate = self._random.choice(self.faults)
             self.served[fate] += 1
             return fate
 

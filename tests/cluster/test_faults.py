@@ -124,15 +124,16 @@ MOMENTARY = {"flip": ["flip"], "slow_down": ["slow_down"] * 4}
 @pytest.mark.parametrize("shared_from", [0, manifests.SHARED_FROM_BYTES])
 def test_a_manifest_is_read_again(url, proxy, monkeypatch, tmp_path, fault, shared_from):
     monkeypatch.setattr(manifests, "SHARED_FROM_BYTES", shared_from)
+    monkeypatch.setattr(manifests, "DOWNLOAD_BYTES", 500)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    proxy.whole_reads = list(MOMENTARY[fault])
+    proxy.planned = list(MOMENTARY[fault])
     manifest = read_manifest(open_storage(url, StorageConfig(endpoint=proxy.endpoint)))
     assert len(manifest) == COUNT
     assert proxy.served[fault] == len(MOMENTARY[fault])
 
 
 def test_a_manifest_that_stays_damaged_is_an_error(url, proxy):
-    proxy.whole_reads = ["flip"] * 100
+    proxy.planned = ["flip"] * 100
     with pytest.raises(UnreadableManifestError, match=r"damaged.*: ingest it again \(8 attempts\)"):
         read_manifest(open_storage(url, StorageConfig(endpoint=proxy.endpoint)))
 
@@ -140,14 +141,14 @@ def test_a_manifest_that_stays_damaged_is_an_error(url, proxy):
 @pytest.mark.parametrize("fault", MOMENTARY)
 def test_a_shard_is_not_called_damaged_because_its_store_failed_for_a_moment(url, proxy, fault):
     storage, shard, samples = to_verify(url, proxy)
-    proxy.whole_reads = MOMENTARY[fault] * (1 if fault == "flip" else 2)
+    proxy.planned = MOMENTARY[fault] * (1 if fault == "flip" else 2)
     assert verification.examine(storage, shard, samples)[0] == []
-    assert not proxy.whole_reads
+    assert not proxy.planned
 
 
 def test_a_shard_that_cannot_be_reached_is_an_error_and_no_damage(url, proxy):
     storage, shard, samples = to_verify(url, proxy)
-    proxy.whole_reads = ["denied"]
+    proxy.planned = ["denied"]
     with pytest.raises(StorageError, match=f"{shard.name}: access denied"):
         verification.examine(storage, shard, samples)
 
