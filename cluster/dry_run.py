@@ -15,8 +15,9 @@ from cluster.deepspeed_config import BUCKET_ELEMENTS
 from cluster.engine import parameter_groups
 from cluster.manifest import Manifest, read_manifest
 from cluster.sampling import Sampler
-from cluster.storage import StorageConfig, absolute_url, open_storage
+from cluster.storage import StorageConfig, open_storage
 from cluster.training import resolve
+from cluster.urls import absolute_url
 from sepico.network import Segmentor, check_model
 from sepico.schedule import contrast_start_step, learning_rate
 

@@ -1,5 +1,9 @@
-"""What a job says with another exit code than a mistake in its command line."""
+"""Errors whose message is the one line that the user sees."""
+
+
+class StorageError(ValueError):
+    """One line that names the URL or key and the fix."""
 
 
 class WorkError(ValueError):
-    """One line about data, a store or numbers that showed after work had started."""
+    """What showed after work had started: another exit code than a mistake in the command line."""

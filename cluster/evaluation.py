@@ -19,9 +19,9 @@ from cluster.checkpoint_weights import read_weights
 from cluster.config import WorkerRange
 from cluster.manifest import MANIFEST, read_manifest
 from cluster.run_config import load_config
-from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage, read_url
+from cluster.storage import StorageConfig, StorageError, open_storage, read_url
 from cluster.submission import merge_parts
-from cluster.training import run_url
+from cluster.urls import absolute_url, run_url
 from cluster.workers import connect_ray, launch, place
 from sepico.config import ModelConfig
 from sepico.import_official import read_official

@@ -11,7 +11,7 @@ from cluster.checkpoint_weights import read_weights
 from cluster.manifest import read_manifest
 from cluster.run_config import load_config
 from cluster.storage import StorageConfig, StorageError, open_storage
-from cluster.training import run_url
+from cluster.urls import run_url
 from sepico.exported import DESCRIPTION, WEIGHTS
 
 

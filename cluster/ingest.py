@@ -39,14 +39,8 @@ from cluster.manifest import (
 from cluster.ray_tasks import progress_bar, run_tasks
 from cluster.shards import Shard, shard_rows
 from cluster.sources import Source
-from cluster.storage import (
-    MissingObjectError,
-    Storage,
-    StorageConfig,
-    StorageError,
-    absolute_url,
-    open_storage,
-)
+from cluster.storage import MissingObjectError, Storage, StorageConfig, StorageError, open_storage
+from cluster.urls import absolute_url
 from sepico.taxonomies import Taxonomy
 
 SHARD_NAME = re.compile(r"shard-(?P<index>\d+)-[^/]+\.arrow")

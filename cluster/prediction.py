@@ -22,8 +22,8 @@ from cluster.manifest import read_manifest
 from cluster.predictor import FOLDERS, PredictImages, output_keys
 from cluster.ray_tasks import progress_bar
 from cluster.run_config import load_config
-from cluster.storage import StorageConfig, StorageError, absolute_url, open_storage
-from cluster.training import run_url
+from cluster.storage import StorageConfig, StorageError, open_storage
+from cluster.urls import absolute_url, run_url
 from cluster.workers import connect_ray, use_gpu
 from sepico import exported
 from sepico.network import Segmentor

@@ -21,15 +21,8 @@ from cluster.environment import ENVIRONMENT
 from cluster.evaluation import load_network
 from cluster.reader import ShardReader, open_reader
 from cluster.run_config import METRICS, load_config
-from cluster.storage import (
-    Storage,
-    StorageConfig,
-    StorageError,
-    absolute_url,
-    folder_and_key,
-    open_storage,
-)
-from cluster.training import run_url
+from cluster.storage import Storage, StorageConfig, StorageError, open_storage
+from cluster.urls import absolute_url, folder_and_key, run_url
 from sepico.embedding import draw_pixels, flatten_features, pixel_features
 from sepico.network import Segmentor
 from sepico.panels import error_map, image_grid

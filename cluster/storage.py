@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import os
 import re
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, NoReturn
 
 import obstore
@@ -31,16 +30,12 @@ from obstore.exceptions import (
 from obstore.store import ObjectStore
 
 from cluster import stores
+from cluster.errors import StorageError
+from cluster.urls import absolute_url, folder_and_key, split_url
 
 DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
-BUCKET = re.compile(r"[\w.$-]+", re.ASCII)
-NO_KEY = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]")
 # The client's threads belong to the process that first used it.
 _client_process: int | None = None
-
-
-class StorageError(ValueError):
-    """One line that names the URL or key and the fix."""
 
 
 class MissingObjectError(StorageError):
@@ -96,7 +91,7 @@ class Storage:
     def __init__(self, url: str, config: StorageConfig, patience: Patience) -> None:
         self.url = absolute_url(url)
         self._config, self._patience = config, patience
-        self._scheme, self._bucket, self._path = _split(self.url)
+        self._scheme, self._bucket, self._path = split_url(self.url)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Storage belongs to one process: send its url and open it there")
@@ -273,56 +268,15 @@ def read_url(url: str, config: StorageConfig) -> bytes:
     return open_storage(folder, config).get(key)
 
 
-def folder_and_key(url: str) -> tuple[str, str]:
-    """Where the one object at a URL or local path lies: its folder's URL, and its key there."""
-    url = absolute_url(url)
-    return url.rpartition("/")[0], PurePosixPath(_split(url)[2]).name
-
-
-def absolute_url(url: str) -> str:
-    """A local path as an absolute `file://` URL, so that it means the same everywhere.
-
-    Ends with no slash, so that a key can be joined by one.
-    """
-    if "://" in url:
-        return re.sub(r"(?<=[^:/])/+$", "", url)
-    if not url:
-        raise StorageError("an empty storage URL: give s3://BUCKET/PREFIX or a folder")
-    return Path(url).absolute().as_uri()
-
-
 def pyarrow_filesystem(url: str, config: StorageConfig) -> tuple[pyarrow.fs.FileSystem, str]:
     """File system and path for Ray Train's `storage_filesystem` and `storage_path`.
 
     Ray pickles the file system into every worker, so no credentials are put into it: each
     process finds its own.
     """
-    scheme, bucket, path = _split(absolute_url(url))
+    scheme, bucket, path = split_url(absolute_url(url))
     filesystem = stores.arrow_filesystem(scheme, config, Patience())
     return filesystem, path if scheme == "file" else f"{bucket}/{path}".rstrip("/")
-
-
-def _split(url: str) -> tuple[str, str, str]:
-    """`s3://bucket/a/b` -> (s3, bucket, a/b); `file:///a/b` -> (file, "", /a/b).
-
-    A key may hold # and ?: they begin nothing here.
-    """
-    scheme, _, rest = url.partition("://")
-    bucket, _, path = rest.partition("/")
-    scheme = scheme.lower()
-    if scheme == "file" and not bucket:
-        return "file", "", f"/{urllib.parse.unquote(path)}"
-    if scheme in ("s3", "gs", "az") and BUCKET.fullmatch(bucket):
-        if path and NO_KEY.search(path):
-            raise StorageError(
-                f"cannot read the URL {url!r}: a name between slashes may not be empty, . or .., "
-                "nor hold control characters"
-            )
-        return scheme, bucket, path
-    raise StorageError(
-        f"cannot read the URL {url!r}: use s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, "
-        "az://CONTAINER/PREFIX or file:///FOLDER"
-    )
 
 
 def _provider_failure(error: Exception) -> str:

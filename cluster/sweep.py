@@ -21,7 +21,7 @@ from cluster.sweep_results import Ranking, candidates, rank
 from cluster.sweep_search import search_space, train_trials
 from cluster.sweep_space import Point, parse_space, with_values
 from cluster.sweep_trial import Plan
-from cluster.training import run_url
+from cluster.urls import run_url
 from cluster.workers import connect_ray, place, room
 
 SWEEP = "sweep.json"

@@ -16,7 +16,8 @@ from cluster.lease import Lease, hold_lease
 from cluster.manifest import MANIFEST, read_manifest
 from cluster.progress import ProgressDisplay, start_progress
 from cluster.run_config import CONFIG, check_continuation, check_fork, described
-from cluster.storage import absolute_url, open_storage
+from cluster.storage import open_storage
+from cluster.urls import absolute_url, run_url
 from cluster.workers import connect_ray, launch, place, use_gpu
 
 
@@ -154,8 +155,3 @@ def resolve(config: TrainConfig) -> TrainConfig:
     model = replace(config.model, num_classes=found, encoder_weights=weights)
     engine = replace(config.engine, deepspeed=read_deepspeed(config.engine.deepspeed))
     return replace(config, model=model, engine=engine)
-
-
-def run_url(run: str, runs: str) -> str:
-    """URL of a run: `run` itself if it is a URL or path, else a folder below `runs`."""
-    return absolute_url(run if "/" in run else f"{runs.rstrip('/')}/{run}")

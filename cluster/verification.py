@@ -15,7 +15,8 @@ from cluster.manifest import MANIFEST, Manifest, read_manifest
 from cluster.ranges import read_again
 from cluster.ray_tasks import progress_bar, run_tasks
 from cluster.shards import Shard
-from cluster.storage import MissingObjectError, Storage, StorageConfig, absolute_url, open_storage
+from cluster.storage import MissingObjectError, Storage, StorageConfig, open_storage
+from cluster.urls import absolute_url
 
 # A byte that flipped on the way here is intact at the second reading.
 READINGS = 2

@@ -18,8 +18,9 @@ from cluster.config import TrainConfig
 from cluster.evaluation import Output, evaluate_tasks, load_network, tasks_of_run
 from cluster.ingest import IngestConfig, ingest
 from cluster.reader import open_reader
-from cluster.storage import StorageConfig, absolute_url, open_storage
+from cluster.storage import StorageConfig, open_storage
 from cluster.training import train
+from cluster.urls import absolute_url
 from cluster.workers import connect_ray, room
 from jobs.command_line import parse, run
 from jobs.street_scenes import TAXONOMY, write_dataset

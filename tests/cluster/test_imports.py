@@ -44,3 +44,7 @@ def test_who_compiles_gets_the_compiler():
 
 def test_the_driver_of_a_trial_does_not_import_torch():
     assert run("import cluster.sweep_trainables", "torch") == "False\n"
+
+
+def test_an_export_does_not_import_ray():
+    assert run("import jobs.export", "ray") == "False\n"
