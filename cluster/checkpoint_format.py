@@ -29,7 +29,7 @@ from typing import Any
 
 import xxhash
 
-from cluster.storage import MissingObjectError, Storage
+from cluster.storage import MissingObjectError, Storage, StorageError
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -77,6 +77,14 @@ def list_checkpoints(storage: Storage) -> list[Checkpoint]:
         with suppress(MissingObjectError):  # a training may delete it after the listing
             found.append(_read(storage, key))
     return found
+
+
+def newest_checkpoint(run: Storage) -> Checkpoint:
+    """The newest complete checkpoint. Raises StorageError in one line if there is none."""
+    complete = list_checkpoints(run)
+    if not complete:
+        raise StorageError(f"run {run.url} has no checkpoint yet: let it train to its first")
+    return complete[-1]
 
 
 def complete_manifests(storage: Storage) -> list[str]:

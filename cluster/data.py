@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.manifest import MANIFEST, Manifest, read_manifest
-from cluster.storage import StorageConfig, open_storage
+from cluster.manifest import Manifest, open_manifest
+from cluster.storage import StorageConfig
 from sepico.taxonomies import CITYSCAPES_19
 
 
@@ -80,7 +80,7 @@ def check_data(
     With `day_night` the classes must be those that its fusion knows, and the target's first
     sample must have a reference image. Raises ValueError in one line.
     """
-    source, target = (_checked_manifest(url, storage) for url in (data.source, data.target))
+    source, target = (open_manifest(url, storage) for url in (data.source, data.target))
     check_manifests(data, source, target, global_batch)
     if day_night:
         if source.taxonomy.names != CITYSCAPES_19.names:
@@ -90,12 +90,6 @@ def check_data(
             )
         _check_reference(data.target, storage)
     return source
-
-
-def _checked_manifest(url: str, storage: StorageConfig) -> Manifest:
-    store = open_storage(url, storage)
-    store.check(MANIFEST)
-    return read_manifest(store)
 
 
 def _check_reference(url: str, storage: StorageConfig) -> None:

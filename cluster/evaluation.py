@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import xxhash
 
-from cluster.checkpoint_format import Checkpoint, list_checkpoints
+from cluster.checkpoint_format import Checkpoint, newest_checkpoint
 from cluster.checkpoint_weights import read_weights
 from cluster.config import WorkerRange
-from cluster.manifest import MANIFEST, read_manifest
+from cluster.manifest import open_manifest, read_manifest
 from cluster.run_config import load_config
-from cluster.storage import StorageConfig, StorageError, open_storage, read_url
+from cluster.storage import StorageConfig, open_storage, read_url
 from cluster.submission import merge_parts
 from cluster.urls import absolute_url, run_url
 from cluster.workers import connect_ray, launch, place
@@ -147,15 +147,13 @@ def tasks_of_run(
     """Tasks of one run: as trained and, with `adapt_data`, after AdaBN."""
     run = open_storage(url, storage)
     trained = load_config(run)
-    done = list_checkpoints(run)
-    if not done:
-        raise StorageError(f"run {run.url} has no checkpoint yet: let it train to its first")
+    checkpoint = newest_checkpoint(run)
     return [
         EvaluationTask(
             run.url,
             trained["model"]["num_classes"],
             trained["engine"]["precision"],
-            done[-1],
+            checkpoint,
             data,
             adaptation,
         )
@@ -211,7 +209,7 @@ def load_network(
     Without its projection head, unless it has one and `with_projection` asks for it.
     """
     run = open_storage(url, storage)
-    weights = read_weights(run, checkpoint or list_checkpoints(run)[-1], name)
+    weights = read_weights(run, checkpoint or newest_checkpoint(run), name)
     model = ModelConfig(**load_config(run)["model"])
     projects = any(key.startswith("projection.") for key in weights)
     network = build_blank(model, with_projection=with_projection and projects)
@@ -225,15 +223,13 @@ def evaluate_tasks(
     tasks: list[EvaluationTask], storage: StorageConfig, workers: int, output: Output
 ) -> tuple[list[dict[str, dict[str, Any]]], Taxonomy]:
     """Run tasks of one data set on one worker group; rows per task, and the classes."""
-    store = open_storage(tasks[0].data, storage)
-    store.check(MANIFEST)
-    manifest = read_manifest(store)
+    manifest = open_manifest(tasks[0].data, storage)
     for url in {task.adapt_data for task in tasks if task.adapt_data}:
         read_manifest(open_storage(url, storage))
     for task in tasks:
         if task.num_classes != manifest.taxonomy.num_classes:
             raise ValueError(
-                f"{task.url} was trained on {task.num_classes} classes, {store.url} has "
+                f"{task.url} was trained on {task.num_classes} classes, {manifest.url} has "
                 f"{manifest.taxonomy.num_classes}"
             )
     connect_ray()

@@ -24,6 +24,8 @@ from sepico.panels import confusion_picture, error_map, image_grid
 from sepico.prediction import InferenceConfig, class_probabilities
 from sepico.taxonomies import Taxonomy
 
+ADAPT_BATCH = 8  # images whose statistics AdaBN averages
+
 
 def predict_share(
     network: Segmentor, reader: ShardReader, config: InferenceConfig, device: torch.device
@@ -95,11 +97,10 @@ def adapt_batch_norm(
     data_url: str,
     storage: StorageConfig,
     device: torch.device,
-    batch: int = 8,
 ) -> None:
     """AdaBN: replace running statistics by the average over an (unlabelled) data set, in place.
 
-    Batches of about `batch` images (a multiple of the number of workers) over all workers;
+    Batches of about ADAPT_BATCH images (a multiple of the number of workers) over all workers;
     images beyond the last whole batch are left out. A collective.
 
     Li et al., Adaptive batch normalization for practical domain adaptation (2018).
@@ -107,7 +108,7 @@ def adapt_batch_norm(
     reader = open_reader(data_url, storage)
     manifest = reader.manifest
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    batch = max(min(batch, len(manifest)) // world_size, 1) * world_size
+    batch = max(min(ADAPT_BATCH, len(manifest)) // world_size, 1) * world_size
     if len(manifest) < world_size:
         raise ValueError(f"{data_url} has fewer images than there are workers ({world_size})")
     layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]

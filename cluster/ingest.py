@@ -41,6 +41,7 @@ from cluster.shards import Shard, shard_rows
 from cluster.sources import Source
 from cluster.storage import MissingObjectError, Storage, StorageConfig, StorageError, open_storage
 from cluster.urls import absolute_url
+from sepico.config import height_width
 from sepico.taxonomies import Taxonomy
 
 SHARD_NAME = re.compile(r"shard-(?P<index>\d+)-[^/]+\.arrow")
@@ -84,17 +85,13 @@ class IngestConfig:
 
     def __post_init__(self) -> None:
         find_dataset(self.dataset).pick_split(self.split)
-        if self.size is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
-            raise ValueError(f"size {self.size!r} must be WIDTHxHEIGHT, such as 1280x720")
+        height_width("size", self.size)
         if self.shard_bytes <= 0:
             raise ValueError(f"shard_bytes {self.shard_bytes} must be positive")
 
     @property
     def height_width(self) -> tuple[int, int] | None:
-        if self.size is None:
-            return None
-        width, height = self.size.split("x")
-        return int(height), int(width)
+        return height_width("size", self.size)
 
 
 def check(config: IngestConfig) -> None:

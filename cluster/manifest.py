@@ -27,7 +27,13 @@ import xxhash
 from cluster.node_files import map_node_file
 from cluster.ranges import DamagedObjectError, read_again
 from cluster.shards import Shard, record_batches
-from cluster.storage import MissingObjectError, Storage, StorageError
+from cluster.storage import (
+    MissingObjectError,
+    Storage,
+    StorageConfig,
+    StorageError,
+    open_storage,
+)
 from sepico.taxonomies import Taxonomy
 
 MANIFEST = "manifest.arrow"
@@ -133,6 +139,16 @@ def read_manifest(storage: Storage) -> Manifest:
             f"no manifest at {storage.url}: run `python -m jobs.ingest` first"
         ) from None
     return _manifest(storage.url, batch)
+
+
+def open_manifest(url: str, config: StorageConfig) -> Manifest:
+    """The manifest of the data set at a URL, once its store is known to answer.
+
+    Raises StorageError, in one line and within seconds where the store does not.
+    """
+    storage = open_storage(url, config)
+    storage.check(MANIFEST)
+    return read_manifest(storage)
 
 
 def _read(storage: Storage) -> pa.RecordBatch:

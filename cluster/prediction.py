@@ -15,7 +15,7 @@ from typing import Any, Literal
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from cluster.checkpoint_format import list_checkpoints
+from cluster.checkpoint_format import newest_checkpoint
 from cluster.evaluation import load_file_network, load_network, networks_of
 from cluster.events import log_event
 from cluster.manifest import read_manifest
@@ -161,12 +161,10 @@ def describe_network(config: PredictConfig) -> tuple[dict[str, Any], Taxonomy]:
     run = open_storage(run_url(config.run, config.runs), storage)
     run.check()
     trained = load_config(run)
-    complete = list_checkpoints(run)
-    if not complete:
-        raise StorageError(f"run {run.url} has no checkpoint yet: let it train to its first")
-    if config.network not in networks_of(complete[-1]):
+    checkpoint = newest_checkpoint(run)
+    if config.network not in networks_of(checkpoint):
         raise StorageError(f"run {run.url} has no {config.network}: predict with its student")
-    origin = {"run": run.url, "step": complete[-1].step, "network": config.network}
+    origin = {"run": run.url, "step": checkpoint.step, "network": config.network}
     return origin, read_manifest(open_storage(trained["data"]["source"], storage)).taxonomy
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from cluster import report_html, report_pictures
-from cluster.checkpoint_format import list_checkpoints
+from cluster.checkpoint_format import newest_checkpoint
 from cluster.environment import ENVIRONMENT
 from cluster.evaluation import load_network
 from cluster.reader import ShardReader, open_reader
 from cluster.run_config import METRICS, load_config
-from cluster.storage import Storage, StorageConfig, StorageError, open_storage
+from cluster.storage import Storage, StorageConfig, open_storage
 from cluster.urls import absolute_url, folder_and_key, run_url
 from sepico.embedding import draw_pixels, flatten_features, pixel_features
 from sepico.network import Segmentor
@@ -140,8 +140,7 @@ def open_runs(config: ReportConfig) -> list[ReportedRun]:
         store = open_storage(run_url(run, config.runs), config.storage)
         store.check()
         runs.append(ReportedRun(store, config.storage))
-        if not load_config(store) or not list_checkpoints(store):
-            raise StorageError(f"run {store.url} has no checkpoint yet: let it train to its first")
+        newest_checkpoint(store)
     classes = {run.config["model"]["num_classes"] for run in runs}
     if len(classes) > 1:
         raise ValueError(f"the runs have {sorted(classes)} classes: report on them one by one")

@@ -5,6 +5,7 @@ import math
 
 from cluster.evaluation import Output, evaluate_tasks, tasks_of_run
 from cluster.manifest import read_manifest
+from cluster.report_html import table
 from cluster.storage import open_storage
 from cluster.sweep_config import MEASURES
 from cluster.sweep_figures import (
@@ -145,7 +146,7 @@ def _proxies(ranking: Ranking) -> str:
                 found = rank_correlation(*values) if known else math.nan
                 cells.append("-" if math.isnan(found) else f"{found:+.2f} (n = {len(known)})")
             rows.append(cells)
-    return _html_table(["", *pairs], rows)
+    return table(["", *pairs], rows)
 
 
 def _table(ranking: Ranking) -> str:
@@ -161,12 +162,4 @@ def _table(ranking: Ranking) -> str:
             )  # fmt: skip
     objective = ranking.plan.objective
     names = ["rank", "mean", "seed", objective, "step", "status", "reason", "configuration"]
-    return _html_table(names, rows)
-
-
-def _html_table(head: list[str], rows: list[list]) -> str:
-    def line(cells: list, tag: str) -> str:
-        inner = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
-        return f"<tr>{inner}</tr>"
-
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    return table(names, rows)

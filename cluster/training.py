@@ -13,7 +13,7 @@ from cluster.deepspeed_config import read_deepspeed
 from cluster.errors import WorkError
 from cluster.events import log_event
 from cluster.lease import Lease, hold_lease
-from cluster.manifest import MANIFEST, read_manifest
+from cluster.manifest import open_manifest
 from cluster.progress import ProgressDisplay, start_progress
 from cluster.run_config import CONFIG, check_continuation, check_fork, described
 from cluster.storage import open_storage
@@ -135,9 +135,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         day_night=config.teacher.day_night,
     )
     if validation.data:
-        store = open_storage(validation.data, config.storage)
-        store.check(MANIFEST)
-        checked = read_manifest(store)
+        checked = open_manifest(validation.data, config.storage)
         if checked.labelled and checked.taxonomy != manifest.taxonomy:
             raise ValueError(
                 f"validation.data {validation.data} must be labelled with the classes of "

@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray
 import xxhash
 
-from cluster.manifest import MANIFEST, Manifest, read_manifest
+from cluster.manifest import Manifest, open_manifest
 from cluster.ranges import read_again
 from cluster.ray_tasks import progress_bar, run_tasks
 from cluster.shards import Shard
@@ -54,9 +54,7 @@ class _Samples:
 
 def find(config: VerifyConfig) -> Manifest:
     """The data set, before work starts. Raises StorageError in one line if there is none."""
-    storage = open_storage(config.url, config.storage)
-    storage.check(MANIFEST)
-    return read_manifest(storage)
+    return open_manifest(config.url, config.storage)
 
 
 def verify(config: VerifyConfig) -> tuple[Manifest, list[Damage]]:

@@ -10,10 +10,6 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.nn import functional as F
-
 from cluster.config import TrainConfig
 from cluster.evaluation import Output, evaluate_tasks, load_network, tasks_of_run
 from cluster.ingest import IngestConfig, ingest
@@ -25,6 +21,7 @@ from cluster.workers import connect_ray, room
 from jobs.command_line import parse, run
 from jobs.street_scenes import TAXONOMY, write_dataset
 from sepico.panels import image_grid
+from sepico.prediction import Predictor
 
 # name: (domain, images, labelled)
 DATA_SETS = {
@@ -126,24 +123,23 @@ def _base(config: DemoConfig, method: str) -> TrainConfig:
     return replace(base, method=method, workers=config.workers, seed=config.seed)
 
 
-@torch.no_grad()
-def _picture(data_url: str, runs: dict[str, str], count: int = 3) -> bytes:
+def _picture(data_url: str, runs: dict[str, str]) -> bytes:
     """Night scene, truth and each run's prediction, a row a scene."""
-    reader = open_reader(data_url, StorageConfig())
-    manifest = reader.manifest
-    samples = [reader.read(i) for i in range(count)]
-    images = torch.stack([sample.image for sample in samples]).float() / 255
-    columns: dict[str, np.ndarray] = {
-        "night scene": torch.stack([s.image.permute(1, 2, 0) for s in samples]).numpy(),
-        "truth": manifest.taxonomy.paint(torch.stack([s.label for s in samples]).numpy()),
+    storage = StorageConfig()
+    reader = open_reader(data_url, storage)
+    taxonomy = reader.manifest.taxonomy
+    predictors = {
+        name: Predictor(load_network(url, storage), taxonomy) for name, url in runs.items()
     }
-    for name, url in runs.items():
-        network = load_network(url, StorageConfig())
-        logits, _ = network(network.normalize(images))
-        logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
-        columns[name] = manifest.taxonomy.paint(logits.argmax(1).numpy())
-    grid = [[(title, column[row]) for title, column in columns.items()] for row in range(count)]
-    return image_grid(grid, manifest.taxonomy)
+    grid = []
+    for sample in map(reader.read, range(3)):
+        scene, truth = sample.image.permute(1, 2, 0).numpy(), taxonomy.paint(sample.label.numpy())
+        row = [("night scene", scene), ("truth", truth)]
+        for name, predictor in predictors.items():
+            (found,) = predictor.predict_batch(sample.image[None])
+            row.append((name, found.colored()))
+        grid.append(row)
+    return image_grid(grid, taxonomy)
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ def strong_augment(image: Tensor, seed: int, config: AugmentationConfig) -> Tens
     return image
 
 
-def draw_mix_classes(labels: Tensor, seed: int, ignore_index: int = 255) -> Tensor:
+def draw_mix_classes(labels: Tensor, seed: int) -> Tensor:
     """Half (rounded up) of the classes in one label map, for `class_mix_mask`.
 
     Drawn per image from the classes it holds, ignored pixels never: the authors draw from the
     classes of the whole batch, ignore value included, which a batch spread over workers cannot.
     """
     present = torch.unique(labels)
-    present = present[present != ignore_index]
+    present = present[present != 255]
     rng = slot_generator(seed, "classmix")
     chosen = rng.permutation(len(present))[: (len(present) + 1) // 2]
     return present[torch.from_numpy(chosen).to(present.device)]
@@ -77,9 +77,7 @@ def draw_boxes(
     return torch.from_numpy(np.stack([top, top + crop[0], left, left + crop[1]], 1))
 
 
-def class_balanced_crop(
-    labels: Tensor, boxes: Tensor, *, max_ratio: float, ignore_index: int = 255
-) -> tuple[int, Tensor]:
+def class_balanced_crop(labels: Tensor, boxes: Tensor, *, max_ratio: float) -> tuple[int, Tensor]:
     """Score each box of a label map (H, W) and pick the first best: (index, scores (K,) float32).
 
     The score is the sum over classes with more than one pixel of log(pixels); it is 0 for a box
@@ -87,12 +85,12 @@ def class_balanced_crop(
     authors' to the bit, float32, so that boxes which tie there tie here.
     """
     pixels = [
-        torch.bincount(labels[y1:y2, x1:x2].flatten(), minlength=ignore_index + 1)
+        torch.bincount(labels[y1:y2, x1:x2].flatten(), minlength=256)
         for y1, y2, x1, x2 in boxes.tolist()
     ]
     scores = []
     for counts in torch.stack(pixels).cpu():
-        counts[ignore_index] = 0
+        counts[255] = 0
         counts = counts[counts > 0]
         balanced = len(counts) > 1 and counts.max() / counts.sum() < max_ratio
         scores.append(float(counts[counts > 1].log().sum()) if balanced else 0.0)

@@ -6,11 +6,22 @@ uses 2): a run with a larger global batch takes fewer, larger steps over the sam
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 Method = Literal["distcl", "bankcl", "protocl", "source_only"]
 BatchNormMode = Literal["sync", "frozen", "local"]
+
+
+def height_width(key: str, size: str | None) -> tuple[int, int] | None:
+    """`WIDTHxHEIGHT`, as a configuration says it, as (height, width). Raises ValueError."""
+    if size is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
+        raise ValueError(f"{key} {size!r} must be WIDTHxHEIGHT, such as 1280x720")
+    width, height = size.split("x")
+    return int(height), int(width)
 
 
 @dataclass

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def step_panel(pictures: dict[str, Tensor], taxonomy: Taxonomy, rows: int = 2) -> bytes:
-    """PNG of a step: one row a slot, one column a picture.
+def step_panel(pictures: dict[str, Tensor], taxonomy: Taxonomy) -> bytes:
+    """PNG of a step: one row a slot (two at most), one column a picture.
 
     `pictures` maps a title to images (B, 3, H, W) in 0..1, integer label maps (B, H, W), or
     float32 weights (B, H, W).
     """
-    rows = min(rows, *(len(picture) for picture in pictures.values()))
+    rows = min(2, *(len(picture) for picture in pictures.values()))
     grid = [
         [
             (title.replace("_", " "), _to_rgb(picture[row], taxonomy))

@@ -8,7 +8,6 @@ prediction.confidence  # (H, W) float32, probability of the label
 prediction.overlay()   # (H, W, 3) uint8
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_image
 
 from sepico import exported
+from sepico.config import height_width
 from sepico.import_official import load_official
 from sepico.network import Segmentor
 from sepico.taxonomies import TAXONOMIES, Taxonomy
@@ -49,7 +49,7 @@ class InferenceConfig:
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"inference.scales is {list(self.scales)}: give factors above 0")
         for name in ("size", "window", "stride"):
-            _height_width(name, getattr(self, name))
+            height_width(f"inference.{name}", getattr(self, name))
         if self.stride and not self.window:
             raise ValueError("inference.stride is set without inference.window: give both")
         window, stride = self.window_size, self.stride_size
@@ -61,27 +61,18 @@ class InferenceConfig:
 
     @property
     def input_size(self) -> tuple[int, int] | None:
-        return _height_width("size", self.size)
+        return height_width("inference.size", self.size)
 
     @property
     def window_size(self) -> tuple[int, int] | None:
-        return _height_width("window", self.window)
+        return height_width("inference.window", self.window)
 
     @property
     def stride_size(self) -> tuple[int, int] | None:
         if self.window and not self.stride:
             height, width = self.window_size
             return max(1, height * 2 // 3), max(1, width * 2 // 3)
-        return _height_width("stride", self.stride)
-
-
-def _height_width(name: str, size: str | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
-        raise ValueError(f"inference.{name} {size!r} must be WIDTHxHEIGHT, such as 1280x720")
-    width, height = size.split("x")
-    return int(height), int(width)
+        return height_width("inference.stride", self.stride)
 
 
 @torch.no_grad()
