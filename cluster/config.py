@@ -139,12 +139,7 @@ class TrainConfig(MethodConfig):
                 f"optimization.global_batch {self.optimization.global_batch}"
             )
         passes = self.optimization.passes(self.worker_range.min)
-        if passes > 1 and self.contrast.regularizer_weight and self.method != "source_only":
-            raise ValueError(
-                f"optimization.micro_batch {self.optimization.micro_batch} makes {passes} passes a "
-                "step, over which the regulariser is not a sum: set contrast.regularizer_weight "
-                "to 0, or micro_batch to 0"
-            )
+        self.check_passes(self.worker_range.min)
         elastic = self.worker_range.min < self.worker_range.max
         if passes > 1 and elastic and self.engine.batch_norm != "frozen":
             raise ValueError(

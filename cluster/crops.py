@@ -26,6 +26,8 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """The first random box (y1, y2, x1, x2) with several classes, none of max_ratio or more.
 
+    With a ratio of 1 or more the first box, whatever it holds.
+
     `label` (H, W) uint8, `size` (h, w) of the box; `below(n)` draws an integer in 0..n-1. Ignored
     pixels count for nothing. After `tries` boxes that fail, one more is drawn and taken as it is.
     """
@@ -33,7 +35,8 @@ def crop_box(
         y1, y2, x1, x2 = box = _random_box(label.shape, size, below)
         counts = np.bincount(label[y1:y2, x1:x2].ravel(), minlength=256)
         counts[ignore_index] = 0
-        if np.count_nonzero(counts) > 1 and counts.max() < max_ratio * counts.sum():
+        mixed = np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < max_ratio
+        if mixed or max_ratio >= 1:
             return box
     return _random_box(label.shape, size, below)
 

@@ -262,6 +262,16 @@ class MethodConfig:
                 f"model.projection_stages {list(stages)}"
             )
 
+    def check_passes(self, workers: int) -> None:
+        """Raise ValueError for a loss that several passes of a step would not add up to."""
+        passes = self.optimization.passes(workers)
+        if passes > 1 and self.contrast.regularizer_weight and self.method != "source_only":
+            raise ValueError(
+                f"optimization.micro_batch {self.optimization.micro_batch} makes {passes} passes a "
+                "step, over which the regulariser is not a sum: set contrast.regularizer_weight "
+                "to 0, or micro_batch to 0"
+            )
+
     @property
     def contrast_stage_weights(self) -> tuple[float, ...]:
         """Weight of each projection's loss, one a stage in per-layer mode."""

@@ -32,7 +32,7 @@ def downscale_labels(
     ignored = labels == ignore_index
     check_labels(labels.masked_fill(ignored, 0), num_classes)
     if factor == 1:
-        return labels
+        return labels.clone()
     batch, _, height, width = labels.shape
     h, w = height // factor, width // factor
     windows = labels.masked_fill(ignored, num_classes)[:, 0, : h * factor, : w * factor]
@@ -104,7 +104,8 @@ def proto_contrast(
     labels = _class_labels(features, labels, len(mean))
     _check_temperature(temperature)
     features = _at_least_float32(features)
-    similarity = features @ mean.T.to(features.dtype) / temperature
+    with torch.autocast(features.device.type, enabled=False):
+        similarity = features @ mean.T.to(features.dtype) / temperature
     weight = None if class_weight is None else class_weight.to(features.dtype)
     losses = F.cross_entropy(similarity, labels, weight, reduction="none")
     return _mean(losses, count)
@@ -132,7 +133,9 @@ def bank_contrast(
     labels = _class_labels(features, labels, bank.num_classes)
     _check_temperature(temperature)
     features = _at_least_float32(features)
-    return _mean(BankContrast.apply(features, labels, bank, temperature), count)
+    with torch.autocast(features.device.type, enabled=False):
+        losses = BankContrast.apply(features, labels, bank, temperature)
+    return _mean(losses, count)
 
 
 def dist_contrast(
@@ -250,12 +253,19 @@ def cross_entropy(
     """Mean over ALL pixels, ignored ones included, as the authors take it.
 
     Logits (B, C, h, w) are resized bilinearly to the labels (B, 1, H, W); weight (B, H, W) and
-    class_weight (C,) multiply a pixel's loss and not the denominator. Raises ValueError for a label
-    that is neither a class nor the ignore value, on CPUs: a GPU would have to be waited for.
+    class_weight (C,) multiply a pixel's loss and not the denominator. In float32 or better. Raises
+    ValueError for another shape, and for a label that is neither a class nor the ignore value, on
+    CPUs: a GPU would have to be waited for.
     """
+    check_shape("labels", labels, (len(logits), 1, *labels.shape[-2:]))
+    if weight is not None:
+        check_shape("weight", weight, (len(logits), *labels.shape[-2:]))
     if labels.device.type == "cpu":
         check_labels(labels.masked_fill(labels == ignore_index, 0), logits.shape[1])
+    logits = _at_least_float32(logits)
     logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+    if class_weight is not None:
+        class_weight = class_weight.to(logits.dtype)
     losses = F.cross_entropy(
         logits, labels[:, 0].long(), class_weight, ignore_index=ignore_index, reduction="none"
     )

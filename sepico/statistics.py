@@ -122,9 +122,9 @@ class ClassStatistics:
         if expected != found:
             raise ValueError(f"class statistics have shapes {found}, expected {expected}")
         device = self.count.device
-        self.count = state["count"].to(device)
-        self._mean = state["mean"].to(device)
-        self._variance = state["variance"].to(device)
+        self.count = state["count"].to(device, torch.float64)
+        self._mean = state["mean"].to(device, torch.float64)
+        self._variance = state["variance"].to(device, torch.float64)
 
 
 class FeatureBank:
@@ -166,7 +166,7 @@ class FeatureBank:
         """(M, A) float32 rows of class c, oldest first; M = 0 before its first update."""
         pushed = int(self._pushed[c])
         if pushed <= self.length:
-            return self._rows[c, :pushed]
+            return self._rows[c, :pushed].clone()
         return self._rows[c].roll(-(pushed % self.length), 0)
 
     def means(self) -> Tensor:

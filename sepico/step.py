@@ -40,6 +40,8 @@ class AdaptationStep:
 
     With `teacher.class_weight_std`, `class_weight` (C,) multiplies the scores of pseudo-labels and,
     as the authors have it from day to night, the cross entropies of source and mix.
+
+    Raises ValueError for a regulariser over several passes a step.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class AdaptationStep:
         self.class_weight = class_weight if weighted else None
         self.contrast_start = contrast_start_step(config.contrast.start, config.optimization)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        config.check_passes(self.world_size)
         # Scalars and pictures of the latest step, for telemetry.
         self.metrics: dict[str, Tensor] = {}
         self.class_sums: dict[str, Tensor] = {}  # sums and counts (2, C) of a mean per class

@@ -27,8 +27,8 @@ class Taxonomy:
     def __post_init__(self) -> None:
         if len(self.names) != len(self.colors):
             raise ValueError(f"{len(self.names)} class names but {len(self.colors)} colours")
-        if not self.names:
-            raise ValueError("a taxonomy needs at least one class")
+        if len(self.names) < 2:
+            raise ValueError(f"a taxonomy needs at least two classes, here are {len(self.names)}")
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"class names repeat: {sorted(self.names)}")
         if not 0 <= self.ignore_index <= 255 or self.ignore_index < len(self.names):

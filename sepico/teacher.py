@@ -103,13 +103,13 @@ def class_weights(pixel_counts: Tensor, std: float) -> Tensor:
     """Weights (C,) float32 that favour rare classes, from a data set's pixels per class (C,).
 
     1 minus the standardised logarithm of the frequency times `std`, as in DANNet (Wu et al., CVPR
-    2021). A class that does not occur gets 1.
+    2021). A class that does not occur gets 1, and so does each where all are equally frequent.
     """
     weights = torch.ones(len(pixel_counts), dtype=torch.float64)
     pixel_counts = pixel_counts.double()  # they may be unsigned, which compares with nothing
     occurs = pixel_counts > 0
     # Counts serve as well as frequencies: their sum cancels.
     log = pixel_counts[occurs].log()
-    # Classes of one frequency have no spread to divide by: each gets 1.
-    weights[occurs] += std * ((log.mean() - log) / log.std()).nan_to_num(0.0)
+    if len(log.unique()) > 1:  # classes of one frequency have no spread to divide by
+        weights[occurs] += std * (log.mean() - log) / log.std()
     return weights.float()

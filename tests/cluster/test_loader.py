@@ -299,6 +299,23 @@ def test_the_crop_box_equals_the_authors(case):
     assert list(box) == GOLDEN[f"noprod_{case}"].tolist()
 
 
+@pytest.mark.parametrize(
+    ("first", "ratio", "draws"),
+    [
+        (55, 0.55, 11),  # a share of the ratio itself is too large, though 0.55 * 100 rounds up
+        (54, 0.55, 1),
+        (100, 0.9, 11),
+        (100, 1.0, 1),  # there is nothing to balance
+    ],
+)
+def test_a_box_is_drawn_until_no_class_has_the_ratio(first, ratio, draws):
+    label = (np.arange(100) >= first).astype(np.uint8).reshape(10, 10)
+    drawn = []
+    options = {"max_ratio": ratio, "tries": 10, "ignore_index": 255}
+    crop_box(label, (10, 10), lambda n: drawn.append(n) or 0, **options)
+    assert len(drawn) == 2 * draws
+
+
 def test_a_crop_is_drawn_again_until_it_holds_the_rare_class():
     label = np.tile(np.arange(8, dtype=np.uint8).repeat(8), (64, 1))  # 8 columns of 8 pixels
     hits = 0

@@ -4,6 +4,7 @@ import pytest
 
 from cluster.config import EngineConfig, TrainConfig, WorkerRange
 from sepico.config import ContrastConfig, OptimizationConfig
+from sepico.step import AdaptationStep
 
 
 def config(
@@ -29,3 +30,9 @@ def test_the_regularizer_needs_a_step_of_one_pass():
     with pytest.raises(ValueError, match=r"4 passes.*contrast\.regularizer_weight"):
         config("frozen", 2, regularizer_weight=1.0)
     config("frozen", 8, regularizer_weight=1.0)
+
+
+def test_a_step_without_a_cluster_refuses_it_too():
+    of_eight = config("frozen", 8, regularizer_weight=1.0)
+    with pytest.raises(ValueError, match=r"8 passes.*contrast\.regularizer_weight"):
+        AdaptationStep(of_eight, lambda images: images, teacher=None, contrast=None)

@@ -176,6 +176,8 @@ def test_class_weights_of_cityscapes_are_those_of_its_published_frequencies():
 
 def test_classes_of_one_frequency_weigh_the_same():
     assert class_weights(torch.tensor([7, 7, 0]), 0.05).tolist() == [1, 1, 1]
+    # The mean of equal logarithms is not each of them to the last bit.
+    assert class_weights(torch.tensor([6, 6, 6]), 0.16).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("key", "value"), [("day_ratio", 1.2), ("class_weight_std", -0.1)])

@@ -1,4 +1,4 @@
-"""A memory bank that is loaded into a shorter one."""
+"""A memory bank that is loaded into a shorter one, and what it gives away."""
 
 import torch
 
@@ -24,3 +24,11 @@ def test_a_longer_bank_is_cut_to_what_the_shorter_one_would_hold():
             assert all(torch.equal(cut.rows(c), shorter.rows(c)) for c in range(4))
             assert torch.equal(cut.means(), shorter.means())
             push(longer, shorter, cut)
+
+
+def test_rows_that_were_given_away_stay_what_they_are():
+    bank = FeatureBank(1, 1, length=1)
+    bank.update(torch.ones(1, 1), torch.tensor([True]))
+    rows = bank.rows(0)
+    bank.update(torch.zeros(1, 1), torch.tensor([True]))
+    assert rows.tolist() == [[1]]

@@ -199,6 +199,7 @@ def test_a_feature_that_is_not_a_number_makes_the_loss_not_a_number(term, label)
     assert loss_of(term, rows, labels, absent=2).isnan()
 
 
+LOGITS = torch.zeros(1, CLASSES, 1, 3)
 ROWS, OF_ROWS, WEIGHT = torch.zeros(6, WIDTH), torch.arange(6) % CLASSES, torch.ones(CLASSES)
 
 
@@ -215,6 +216,10 @@ ROWS, OF_ROWS, WEIGHT = torch.zeros(6, WIDTH), torch.arange(6) % CLASSES, torch.
         (lambda: loss_of("proto", ROWS[:, :-1], OF_ROWS), "mean has shape"),
         (lambda: loss_of("bank", ROWS[:, :-1], OF_ROWS), "features has shape"),
         (lambda: loss_of("regularizer", ROWS[:, :-1], OF_ROWS), "mean has shape"),
+        (lambda: cross_entropy(0, torch.ones(1, 1, 1, 3)), "weight has shape"),
+        (lambda: cross_entropy(0, torch.ones(1, 3)), "weight has shape"),
+        (lambda: losses.cross_entropy(LOGITS, torch.zeros(1, 3, 1, 3)), "labels has shape"),
+        (lambda: losses.cross_entropy(LOGITS, torch.zeros(1, 1, 3)), "labels has shape"),
         (lambda: cross_entropy(CLASSES), "need the same classes"),
         (lambda: cross_entropy(-1), "need the same classes"),
     ],
@@ -228,9 +233,29 @@ def dist(rows: torch.Tensor, variance: torch.Tensor = VARIANCE, **weights) -> to
     return losses.dist_contrast(rows, OF_ROWS, MEAN, variance, temperature=0.5, **weights)
 
 
-def cross_entropy(label: int) -> torch.Tensor:
+def cross_entropy(label: int, weight: torch.Tensor | None = None) -> torch.Tensor:
     labels = torch.tensor([0, 255, label]).view(1, 1, 1, 3)
-    return losses.cross_entropy(torch.zeros(1, CLASSES, 1, 3), labels)
+    return losses.cross_entropy(LOGITS, labels, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_autocast_around_a_contrast_changes_nothing(dtype):
+    def result(term: str, enabled: bool) -> list[torch.Tensor]:
+        rows = normalize(draw(60, WIDTH), dim=1).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = loss_of(term, rows, torch.arange(60) % CLASSES, temperature=0.1)
+        loss.backward()
+        return [loss.detach(), rows.grad]
+
+    for term in TERMS:
+        assert all(map(torch.equal, result(term, True), result(term, False))), term
+
+
+def test_cross_entropy_of_low_precision_is_computed_in_float32():
+    logits = draw(1, CLASSES, 4, 4).bfloat16().requires_grad_()
+    labels, weight = torch.arange(64).view(1, 1, 8, 8) % CLASSES, torch.ones(CLASSES).double()
+    loss = losses.cross_entropy(logits, labels, class_weight=weight)
+    assert torch.equal(loss, losses.cross_entropy(logits.float(), labels))
 
 
 @pytest.mark.parametrize("term", ["proto", "dist"])

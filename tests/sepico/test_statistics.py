@@ -88,3 +88,10 @@ def test_a_bank_refuses_what_does_not_fit(means, present, named):
 def test_a_bank_holds_at_least_one_row():
     with pytest.raises(ValueError, match="length is 0"):
         FeatureBank(CLASSES, WIDTH, length=0)
+
+
+def test_statistics_of_lower_precision_are_loaded():
+    statistics = ClassStatistics(2, 3)
+    statistics.load_state_dict({k: v.float() for k, v in statistics.state_dict().items()})
+    statistics.update(torch.ones(2, 3), torch.tensor([0, 1]))
+    assert statistics.count.tolist() == [1, 1]
