@@ -43,14 +43,14 @@ def sweep(config: SweepConfig, space: str) -> Ranking:
     store.check()
     stored = {"config": asdict(plan.base), "search": asdict(search), "space": space}
     connect_ray()
-    plan, concurrent = _place(plan, search)
+    placed, concurrent = _place(plan, search)
     with hold_lease(store):
         store.put(SWEEP, json.dumps(stored, indent=1).encode())
-        search_space(plan, search, concurrent)
+        search_space(placed, search, concurrent)
         best = candidates(read_records(store), plan)[: search.top]
-        seeds = [base.seed, *(seed for seed in search.seeds if seed != base.seed)]
+        seeds = list(dict.fromkeys([base.seed, *search.seeds]))
         trials = [(point, seed) for seed in seeds for point in [{}, *best]]
-        last = replace(plan, stops=plan.stops[-1:])
+        last = replace(placed, stops=plan.stops[-1:])
         progress = Progress(last, "to the end", len(trials), concurrent)
         train_trials(trials, last, progress)
         return rank(read_records(store), plan, seeds)

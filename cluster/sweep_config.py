@@ -1,6 +1,6 @@
 """Configuration of a sweep, and what of it can be known to be wrong before a trial starts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cluster.config import TrainConfig
@@ -76,7 +76,7 @@ def make_plan(base: TrainConfig, search: SearchConfig, text: str) -> Plan:
     """What all trials have in common. Raises ValueError, in one line, where one could not run."""
     if base.fork or base.worker_range.min != base.worker_range.max:
         raise ValueError("a sweep takes no fork, and a fixed number of workers for each trial")
-    base = resolve(base)
+    base = resolve(replace(base, workers=base.worker_range.max))
     space = parse_space(text, base)
     _check_objective(base, search.objective)
     beyond = {key.name for key in space.keys} - PERTURBABLE

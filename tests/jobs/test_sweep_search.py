@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import yaml
 from ray.util import placement_group_table
 
 from cluster import pausing, sweep_search, sweep_trainables
@@ -22,6 +23,7 @@ from cluster.run_config import find_checkpoint
 from cluster.storage import open_storage
 from cluster.sweep import sweep
 from cluster.sweep_config import SweepConfig
+from cluster.sweep_files import best_preset
 from cluster.sweep_records import read_records
 from cluster.sweep_trial import Plan
 from cluster.training import Pauses
@@ -117,8 +119,14 @@ def trained_steps(folder: Path) -> Counter:
 
 @pytest.fixture(scope="module")
 def swept(fast, data, tmp_path_factory):
+    """Its cores are whatever there are, its workers a range of one number, a seed is repeated."""
     folder = tmp_path_factory.mktemp("swept")
-    ranking = sweep(configure(data, folder), SPACE)
+    unusual = {
+        "cpus_per_worker": "0",
+        "workers": '{"min": 1, "max": 1}',
+        "search.seeds": "[77, 76, 77]",
+    }
+    ranking = sweep(configure(data, folder, **unusual), SPACE)
     return ranking, folder
 
 
@@ -136,6 +144,15 @@ def test_the_worse_are_stopped_and_the_best_are_ranked_by_the_mean_over_seeds(sw
     )
     assert best.point == nearest.point
     assert ranking.default.complete, "the sweep's own configuration is not there to compare with"
+
+
+def test_a_seed_that_is_given_twice_counts_once(swept):
+    assert swept[0].seeds == [76, 77]
+
+
+def test_the_best_preset_has_the_cores_that_were_asked_for(swept):
+    """Not those that a trial had beside its neighbours."""
+    assert yaml.safe_load(best_preset(swept[0]))["cpus_per_worker"] == 0
 
 
 def test_a_trial_that_fails_is_recorded_with_its_reason_and_ends_nothing_else(swept):
