@@ -51,6 +51,10 @@ class ValidationConfig:
     data: str = ""
     every: int = 1000
 
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"validation.every is {self.every}: it must be at least 1")
+
 
 @dataclass
 class WorkerRange:
@@ -159,8 +163,9 @@ class TrainConfig(MethodConfig):
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.keep_best < 0:
-            raise ValueError(f"keep_best is {self.keep_best}: it must not be negative")
+        for name in ("cpus_per_worker", "seed", "keep_best"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
 
     @property
     def worker_range(self) -> WorkerRange:

@@ -54,6 +54,8 @@ class SearchConfig:
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"search.{name} is {getattr(self, name)}: at least {lowest}")
+        if min(self.seeds, default=0) < 0:
+            raise ValueError(f"search.seeds is {list(self.seeds)}: none must be negative")
 
 
 @dataclass

@@ -70,6 +70,11 @@ class ModelConfig:
                 f"model.projection_stages is {list(self.projection_stages)}: "
                 "give one or more of 0, 1, 2, 3"
             )
+        for name in ("head_channels", "projection_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: at least 1")
+        if min(self.head_dilations, default=1) < 1:
+            raise ValueError(f"model.head_dilations is {list(self.head_dilations)}: at least 1")
 
 
 @dataclass
@@ -101,6 +106,8 @@ class ContrastConfig:
             raise ValueError(f"contrast.temperature is {self.temperature}: it must be above 0")
         if self.bank_length < 1:
             raise ValueError(f"contrast.bank_length is {self.bank_length}: at least 1")
+        if self.start < 0:
+            raise ValueError(f"contrast.start is {self.start}: it must not be negative")
 
 
 @dataclass
@@ -134,6 +141,8 @@ class TeacherConfig:
     class_weight_std: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.crop_tries < 1:
+            raise ValueError(f"teacher.crop_tries is {self.crop_tries}: at least 1")
         if not 0 <= self.day_ratio <= 1:
             raise ValueError(f"teacher.day_ratio is {self.day_ratio}: it must lie in 0..1")
         if self.class_weight_std < 0:

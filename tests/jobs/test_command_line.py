@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from cluster.errors import WorkError
+from cluster.sweep_config import SweepConfig
 from jobs.command_line import parse, presets, run
 
 
@@ -81,6 +82,25 @@ def test_every_preset_is_found_by_its_name(capsys):
 def test_a_wrong_flag_is_one_line(capsys, arguments, message):
     code, error = failure(capsys, parse, Outer, arguments)
     assert code == 2 and message in error
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("validation.every", "0"),
+        ("teacher.crop_tries", "0"),
+        ("contrast.start", "-1"),
+        ("cpus_per_worker", "-1"),
+        ("seed", "-1"),
+        ("search.seeds", "[-1]"),
+        ("model.head_channels", "0"),
+        ("model.projection_channels", "0"),
+        ("model.head_dilations", "[6, 0]"),
+    ],
+)
+def test_a_count_that_would_end_a_worker_is_refused(capsys, key, value):
+    code, error = failure(capsys, parse, SweepConfig, [f"--{key}", value])
+    assert code == 2 and f"{key} is {value}: " in error
 
 
 @pytest.mark.parametrize(
