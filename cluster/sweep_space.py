@@ -12,6 +12,7 @@ is refused before a trial starts: each end and each choice of every key, and all
 
 import difflib
 import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -84,7 +85,8 @@ class Space:
                 )
         combinations = itertools.product(*(key.arguments for key in self.keys))
         names = [key.name for key in self.keys]
-        return _distinct(self.cut(dict(zip(names, c, strict=True)), base) for c in combinations)
+        points = (self.cut(dict(zip(names, c, strict=True)), base) for c in combinations)
+        return list(_distinct(points))
 
     def sample(self, count: int, seed: int, base: TrainConfig) -> list[Point]:
         """Up to `count` random points, all different: fewer where the space has no more."""
@@ -95,7 +97,7 @@ class Space:
             values = {name: domain.sample(random_state=draws) for name, domain in domains.items()}
             return self.cut(_plain(values), base)
 
-        return _distinct(draw() for _ in range(20 * count))[:count]
+        return list(itertools.islice(_distinct(draw() for _ in range(20 * count)), count))
 
 
 def parse_space(text: str, base: TrainConfig) -> Space:
@@ -193,12 +195,12 @@ def _checked(config: Any, name: str, value: Any) -> Any:
     raise ValueError(f"{name} is {value!r}: it must be {allowed}")
 
 
-def _distinct(points: Any) -> list[Point]:
+def _distinct(points: Iterable[Point]) -> Iterator[Point]:
     found: list[Point] = []
     for point in points:
         if point not in found:
             found.append(point)
-    return found
+            yield point
 
 
 def _plain(values: dict[str, Any]) -> Point:

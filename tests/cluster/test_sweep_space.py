@@ -5,7 +5,7 @@ from importlib.resources import files
 import pytest
 
 from cluster.config import TrainConfig
-from cluster.sweep_space import parse_space, with_values
+from cluster.sweep_space import Space, parse_space, with_values
 
 CONDITIONAL = """
 contrast.bank_length: {choice: [50, 100], when: {method: [bankcl]}}
@@ -38,6 +38,13 @@ def test_the_same_seed_draws_the_same_points():
     space = parse_space("contrast.temperature: {loguniform: [0.05, 300]}", TrainConfig())
     first, second, other = (space.sample(5, seed, TrainConfig()) for seed in (1, 1, 2))
     assert first == second != other
+
+
+def test_no_more_points_are_drawn_than_are_asked_for_where_all_differ(monkeypatch):
+    cut, drawn = Space.cut, []
+    monkeypatch.setattr(Space, "cut", lambda *of: drawn.append(of[1]) or cut(*of))
+    space = parse_space("contrast.temperature: {loguniform: [0.05, 300]}", TrainConfig())
+    assert space.sample(5, 1, TrainConfig()) == drawn
 
 
 @pytest.mark.parametrize(
