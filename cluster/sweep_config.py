@@ -24,8 +24,8 @@ class SearchConfig:
     Attributes:
         algorithm: "random", "grid" (of choices), "tpe" (Optuna), or "pbt": population-based
             training, which changes temperature and weights in mid-run.
-        trials: Trials of the search on one seed (members of a population), the sweep's own
-            configuration among them; a grid takes all its points.
+        trials: Trials of the search on one seed, or members of a population; a grid takes all its
+            points.
         early_stopping: Stop trials at each rung but the best of `reduction` (ASHA); not for "pbt".
         rungs: Times that a trial is measured between the contrast's start and the end; a population
             takes over and changes at each of them.

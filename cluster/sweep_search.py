@@ -1,12 +1,8 @@
-"""Search over the configuration with Ray Tune: which temperature, which weights.
+"""A sweep's search with Ray Tune, on one seed: which points of the space are the best.
 
-A sweep is a folder of runs and records (`cluster.sweep_trial`), and these are all it needs to be
-continued: Tune starts anew, every trial that is asked for again answers from its run.
-
-First a search on one seed: random, a grid, Optuna's TPE, each with ASHA's early stopping, or
-population-based training. ASHA judges a trial by those before it; those that all trials together
-show to be among the best go on after all. Then the best, and the configuration that the sweep began
-with, are trained to the end on every seed, and ranked by the mean.
+Random, a grid, Optuna's TPE, each with ASHA's early stopping, or population-based training. ASHA
+judges a trial by those before it; those that all trials together show to be among the best go on
+after all.
 """
 
 import math
