@@ -119,8 +119,10 @@ class _Trainer:
         if self.teacher is not None and self.engine.stage == 3:
             shard_teacher(self.teacher)
         self.state = RunState(self.engine, self.teacher, self.contrast)
-        self.start = 0
+        self.start, self.validated = 0, {}
         if start.checkpoint:
+            # A group that begins at its end, or at a pause, has no step left to measure at.
+            self.validated = start.checkpoint.metrics
             parent = open_storage(start.url, config.storage)
             self.start = restore_checkpoint(parent, start.checkpoint, self.state)
         self.loader = TrainLoader(
@@ -210,7 +212,6 @@ class _Trainer:
             self.log.close()
 
     def train(self, until: int, pauses: tuple[int, ...] = ()) -> dict[str, float] | Ended:
-        validated: dict[str, float] = {}
         self.batches = iter(self.loader)
         for step in range(self.start, until):
             if step in pauses and not self._may_go_on(step):
@@ -239,21 +240,20 @@ class _Trainer:
             validate = self.config.validation.data and (
                 done % self.config.validation.every == 0 or rests
             )
-            if validate:
-                validated = self._validate(student, step)
+            self.validated = self._validate(student, step) if validate else {}
             ends = done % POLL_STEPS == 0 and (self._is_drained(done) or self._is_resized(done))
             if done % self.config.checkpoint_every == 0 or rests or ends:
-                self.checkpoints.save(done, self.state, validated if validate else {})
+                self.checkpoints.save(done, self.state, self.validated)
             if ends or rests:
                 self.checkpoints.wait()
             self.checkpoints.poll()
             if self.log:
                 self.log.poll()
             if validate:
-                ray.train.report({"step": done, **validated})
+                ray.train.report({"step": done, **self.validated})
             if self.profiler and (table := self.profiler.step_done(done)):
                 self.progress.event.remote("info", "profiled", {"step": done, "message": table})
-        return validated
+        return self.validated
 
     def _may_go_on(self, step: int) -> bool:
         """Wait at a pause for the verdict on it."""

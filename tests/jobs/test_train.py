@@ -11,7 +11,13 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from cluster import training
+from cluster.checkpoint_format import list_checkpoints
+from cluster.config import TrainConfig
+from cluster.lease import hold_lease
 from cluster.storage import Storage, StorageConfig, open_storage
+from cluster.workers import connect_ray
+from jobs.command_line import parse
 from tests.jobs.training import STEPS, command, final_weights, losses, metrics, run_job
 
 pytestmark = pytest.mark.usefixtures("joined")
@@ -59,6 +65,17 @@ def test_the_same_command_continues_and_a_finished_run_stays_as_it_is(trained):
     assert job.returncode == 0, job.stderr
     after = final_weights(run)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_workers_that_begin_after_the_last_commit_return_its_metrics(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "first")
+    options = {**trained[1], "runs": str(tmp_path), "workers": "1"}
+    config = training.resolve(parse(TrainConfig, command("jobs.train", options)[3:]))
+    run = open_storage(config.run, config.storage)
+    connect_ray()
+    with hold_lease(run) as lease:  # `train` would see that there is nothing to do
+        found = training._train(config, lease, STEPS, None)
+    assert found == list_checkpoints(run)[-1].metrics != {}
 
 
 @pytest.mark.slow
