@@ -41,7 +41,7 @@ def test_a_run_leaves_config_metrics_events_checkpoints_and_panels(trained):
     }
     assert manifest["config"] == json.loads((run / "config.json").read_text())
     assert manifest["versions"]["torch"] == version("torch")
-    assert not list(run.rglob("*.tmp*"))
+    assert not list(run.rglob("*#*")), "an unfinished file"
 
 
 def test_what_reading_cost_is_in_the_metrics(trained):
