@@ -31,14 +31,16 @@ def describe(config: TrainConfig) -> None:
     Raises ValueError for what would stop the run.
     """
     config, unseen = _checked(config)
-    source, target = _local_manifests(config)
+    source, target, validation = _local_manifests(config)
     if not config.model.num_classes and source is None:
         raise ValueError("model.num_classes is 0: give it, or data.source, for a dry run")
     classes = config.model.num_classes or source.taxonomy.num_classes
     config = replace(config, model=replace(config.model, num_classes=classes, encoder_weights=None))
     crop = config.data.crop_height, config.data.crop_width
     adapts = config.method != "source_only"
-    network = check_model(config.model, crop, with_projection=adapts)
+    images = filter(None, [validation, target if adapts else None])
+    whole = {manifest.url: manifest.image_size for manifest in images if manifest.image_size}
+    network = check_model(config.model, crop, whole=whole, with_projection=adapts)
     print(f"method            {config.method}, {classes} classes, crops {crop[1]}x{crop[0]}")
     print("parameters")
     for group in parameter_groups(network, config.optimization):
@@ -179,9 +181,9 @@ def _in_files(url: str) -> bool:
     return bool(url) and absolute_url(url).startswith("file://")
 
 
-def _local_manifests(config: TrainConfig) -> tuple[Manifest | None, Manifest | None]:
-    """Manifests of data sets that lie in files; object stores are not asked."""
+def _local_manifests(config: TrainConfig) -> tuple[Manifest | None, ...]:
+    """Manifests of source, target and validation data in files; object stores are not asked."""
     return tuple(
         read_manifest(open_storage(absolute_url(url), StorageConfig())) if _in_files(url) else None
-        for url in (config.data.source, config.data.target)
+        for url in (config.data.source, config.data.target, config.validation.data)
     )

@@ -16,6 +16,7 @@ from ray import ObjectRef
 
 from cluster.prometheus import prediction_counters
 from cluster.storage import StorageError, open_storage
+from sepico.network import SIZE_ERRORS, size_error
 from sepico.prediction import Prediction, Predictor, decode
 from sepico.taxonomies import CITYSCAPES_LABEL_IDS, Taxonomy
 
@@ -65,9 +66,9 @@ class PredictImages:
             names = [key for key, _ in group]
             try:
                 found = self._predict([planes for _, planes in group])
-            except RuntimeError as error:  # too small for the network, too large for the memory
+            except SIZE_ERRORS as error:  # of a size the network cannot take, or the memory
                 size = "x".join(map(str, reversed(group[0][1].shape[1:])))
-                reason = str(error).splitlines()[0]
+                reason = size_error(error)
                 errors |= {key: f"{key} of {size} pixels: {reason}" for key in names}
                 continue
             pairs = zip(names, found, strict=True)

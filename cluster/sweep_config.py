@@ -100,7 +100,7 @@ def make_plan(base: TrainConfig, search: SearchConfig, text: str) -> Plan:
     points = first_points(plan, search) or space.sample(CHECKED_POINTS, base.seed, base)
     for point in [{}, *points]:
         config = with_values(base, point)
-        network = config.model, config.data.crop_height, config.data.crop_width
+        network = config.model, config.method, config.data.crop_height, config.data.crop_width
         if network not in checked:
             check_network(config)
             checked.append(network)

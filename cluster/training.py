@@ -76,10 +76,17 @@ def train(
 
 
 def check_network(config: TrainConfig) -> None:
-    """Raise what building the network, and training it on crops, would. ValueError in one line."""
+    """Raise what building the network, and running it on its images, would: ValueError in one line.
+
+    Of data whose images differ in size none but the crops are looked at.
+    """
     from sepico.network import check_model  # with torch: seconds and 300 MB for a trial's driver
 
-    check_model(config.model, (config.data.crop_height, config.data.crop_width))
+    # The teacher labels whole images.
+    urls = [config.validation.data, config.data.target if config.method != "source_only" else ""]
+    manifests = [read_manifest(open_storage(url, config.storage)) for url in urls if url]
+    crop = config.data.crop_height, config.data.crop_width
+    check_model(config.model, crop, whole={m.url: m.image_size for m in manifests if m.image_size})
 
 
 def _train(

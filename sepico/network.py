@@ -1,5 +1,6 @@
 """Segmentor = encoder + decode head + projection head, one forward."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from sepico.heads.daformer import DAFormerHead
 from sepico.heads.deeplab import DeepLabV2Head
 from sepico.heads.projection import PerLayerProjection, ProjectionHead
 from sepico.mix_transformer import keep_less
+
+SIZE_ERRORS = (AssertionError, RuntimeError)  # of networks, at images whose size they do not take
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -133,13 +136,19 @@ def build_blank(config: ModelConfig, *, with_projection: bool = True) -> Segment
 
 @torch.no_grad()
 def check_model(
-    config: ModelConfig, crop: tuple[int, int], *, with_projection: bool = True
+    config: ModelConfig,
+    crop: tuple[int, int],
+    *,
+    whole: Mapping[str, tuple[int, int]] | None = None,
+    with_projection: bool = True,
 ) -> Segmentor:
     """Raise what building and training on crops (h, w) would, without a download.
 
+    `whole` gives the size (h, w) of images that are not cropped by the URL of their data.
+
     Returns the network on the meta device: names and shapes without numbers. Raises ValueError for
-    what `build_segmentor` refuses, for an encoder that takes no images of this size, and for a crop
-    that is no whole multiple of the stride of logits or embeddings.
+    what `build_segmentor` refuses, for an encoder that takes no images of these sizes, and for a
+    crop that is no whole multiple of the stride of logits or embeddings.
     """
     if config.encoder_weights == "imagenet":
         config = replace(config, encoder_weights=None)
@@ -147,21 +156,24 @@ def check_model(
         segmentor = build_segmentor(config, with_projection=with_projection)
     segmentor = segmentor.eval().to("meta")
     height, width = crop
-    try:
-        grids = _grids(segmentor, height, width)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f"model.encoder {config.encoder!r} takes no crops of data.crop_height {height} and "
-            f"data.crop_width {width}: {str(error) or 'it asserts another size'}"
-        ) from None
+    sizes = {f"{w}x{h} images of {url}": (h, w) for url, (h, w) in (whole or {}).items()}
+    # The crop's come last: their grids are looked at below.
+    sizes[f"crops of data.crop_height {height} and data.crop_width {width}"] = crop
+    for images, size in sizes.items():
+        try:
+            grids = _grids(segmentor, *size)
+        except SIZE_ERRORS as error:
+            raise ValueError(
+                f"model.encoder {config.encoder!r} takes no {images}: {size_error(error)}"
+            ) from None
     # Where the crop does not divide, grids are rounded and hide their strides, which are 1 to 32.
-    whole = [-(-size // 32) * 32 for size in crop]
+    padded = [-(-size // 32) * 32 for size in crop]
     try:
-        large = grids if whole == [height, width] else _grids(segmentor, *whole)
-    except (AssertionError, RuntimeError):  # an encoder for images of one size
-        whole, large = [height, width], grids
-    for (h, w), (_, of_whole) in zip(grids, large, strict=True):
-        stride = whole[1] // of_whole
+        large = grids if padded == [height, width] else _grids(segmentor, *padded)
+    except SIZE_ERRORS:  # an encoder for images of one size
+        padded, large = [height, width], grids
+    for (h, w), (_, of_padded) in zip(grids, large, strict=True):
+        stride = padded[1] // of_padded
         if crop != (h * stride, w * stride):
             raise ValueError(
                 f"data.crop_height {height} and data.crop_width {width} are no multiples of the "
@@ -176,6 +188,11 @@ def _grids(segmentor: Segmentor, height: int, width: int) -> list[tuple[int, int
     outputs = [logits, *(embeddings if isinstance(embeddings, list) else [embeddings])]
     # A projection head that was not built answers None.
     return [tuple(output.shape[-2:]) for output in outputs if output is not None]
+
+
+def size_error(error: Exception) -> str:
+    """The reason, in one line, of one of SIZE_ERRORS."""
+    return (str(error) or "it asserts another size").splitlines()[0]
 
 
 def load_weights_file(file: Path | BinaryIO, name: str) -> Any:

@@ -6,14 +6,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.config import EngineConfig, TrainConfig
+from cluster.config import EngineConfig, TrainConfig, ValidationConfig
 from cluster.data import DataConfig
 from cluster.dry_run import all_reduced_bytes, describe, model_state_bytes
 from cluster.storage import StorageConfig, open_storage
+from cluster.training import check_network
 from sepico.config import ContrastConfig
 from sepico.normalization import set_batch_norm
 from sepico.step import AdaptationStep
 from tests.cluster.engine_ranks import BATCH, build, global_batch, method_config
+from tests.conftest import NUM_CLASSES
 
 
 class Done:
@@ -105,3 +107,22 @@ def test_data_in_files_are_checked_and_other_data_are_named(
     assert "labels: data.target not in files here" in capsys.readouterr().out
     with pytest.raises(ValueError, match="smaller than the crop 64x64"):
         describe(TrainConfig(model=model, data=replace(data, crop_height=64)))
+
+
+@pytest.mark.parametrize("checked", [describe, check_network])
+def test_images_that_a_network_takes_no_whole_one_of_are_refused(
+    checked, make_folder, write_dataset, tmp_path
+):
+    """The teacher's and the validation's; source_only has no teacher."""
+    url = (tmp_path / "shards").as_uri()
+    folder = make_folder(tmp_path / "data", count=4, size=(224, 320))
+    write_dataset(folder, open_storage(url, StorageConfig()))
+    model = method_config("distcl", start=0).model
+    model = replace(model, num_classes=NUM_CLASSES, encoder="tu-swin_tiny_patch4_window7_224")
+    data = DataConfig(url, url, crop_height=224, crop_width=224, rcs_min_pixels=50)
+    config = TrainConfig(model=model, data=data)
+    baseline = replace(config, method="source_only")
+    checked(baseline)
+    for refused in (config, replace(baseline, validation=ValidationConfig(url))):
+        with pytest.raises(ValueError, match=f"takes no 320x224 images of {url}"):
+            checked(refused)

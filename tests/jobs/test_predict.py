@@ -6,13 +6,19 @@ import shutil
 
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 
 import sepico
+from cluster.datasets import read_taxonomy
+from cluster.layouts import DATASETS
 from cluster.prediction import PredictConfig, check, predict
 from cluster.predictor import PredictImages
 from cluster.storage import StorageConfig, open_storage
+from sepico.config import ModelConfig
+from sepico.network import build_segmentor
+from tests.conftest import NUM_CLASSES
 from tests.jobs.training import run_job
 
 pytestmark = pytest.mark.usefixtures("joined")
@@ -163,3 +169,21 @@ def test_images_that_do_not_fit_together_are_predicted_one_by_one():
     actor._predictor = Small()
     images = [torch.full((3, 4, 4), value, dtype=torch.uint8) for value in (1, 2, 3)]
     assert actor._predict(images) == [1, 2, 3]
+
+
+def test_an_image_of_a_size_that_the_network_asserts_not_to_be_is_refused_alone(
+    make_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "in").mkdir()
+    for name, size in (("fits", (256, 256)), ("other", (48, 64))):
+        folder = make_folder(tmp_path / name, count=1, size=size)
+        (folder / "images/frame000.jpg").rename(tmp_path / f"in/{name}.jpg")
+    model = ModelConfig("tu-halonet26t", None, num_classes=NUM_CLASSES, head_channels=8)
+    network = build_segmentor(model, with_projection=False).eval()
+    taxonomy = read_taxonomy(folder, DATASETS["folder"], None)
+    config = PredictConfig(str(tmp_path / "in"), str(tmp_path / "to"), run="any")
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of the tests' process
+    predict_images = PredictImages(config, taxonomy, ray.put(network))
+    answer = predict_images({"key": np.array(["fits.jpg", "other.jpg"])})
+    assert answer["error"] == ["", "other.jpg of 64x48 pixels: it asserts another size"]
+    assert (tmp_path / "to/labels/fits.png").exists()

@@ -160,6 +160,13 @@ def test_a_crop_needs_to_divide_by_the_strides_of_the_outputs_alone():
     check_model(config(encoder="mit_b0"), (620, 612))  # both grids lie at stride 4
 
 
+def test_whole_images_the_network_cannot_take_are_refused_with_their_data():
+    swin = config(encoder="tu-swin_tiny_patch4_window7_224")
+    check_model(swin, (224, 224), whole={"file:///night": (224, 224)})
+    with pytest.raises(ValueError, match="takes no 320x240 images of file:///night: "):
+        check_model(swin, (224, 224), whole={"file:///night": (240, 320)})
+
+
 def test_an_encoder_that_asserts_another_size_is_named():
     with pytest.raises(ValueError, match="crop_width 224: it asserts another size"):
         check_model(config(encoder="tu-halonet26t"), (224, 224))
