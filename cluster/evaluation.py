@@ -225,7 +225,8 @@ def evaluate_tasks(
     """Run tasks of one data set on one worker group; rows per task, and the classes."""
     manifest = open_manifest(tasks[0].data, storage)
     for url in {task.adapt_data for task in tasks if task.adapt_data}:
-        read_manifest(open_storage(url, storage))
+        if read_manifest(open_storage(url, storage)).image_size is None:
+            raise ValueError(f"adapt_data: the images of {url} differ in size: ingest with --size")
     for task in tasks:
         if task.num_classes != manifest.taxonomy.num_classes:
             raise ValueError(

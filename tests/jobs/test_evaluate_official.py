@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cluster.evaluation import EvaluateConfig, evaluate
+from cluster.storage import StorageConfig, open_storage
 from tests.conftest import NUM_CLASSES
 from tests.jobs.training import run_job
 from tests.sepico.test_import_official import LAST_BIAS, saved, state, stored
@@ -66,6 +67,18 @@ def test_another_number_of_classes_is_refused_before_work_starts(state, data, tm
     path = saved(tmp_path, state)
     options = {"checkpoint": str(path), "data": data["data.source"], "runs": str(tmp_path)}
     assert_refused(options, [path.name, "19 classes", f"has {NUM_CLASSES}"])
+
+
+def test_images_of_several_sizes_to_adapt_to_are_refused_before_work_starts(
+    checkpoint, data, make_folder, write_dataset, tmp_path
+):
+    mixed = make_folder(tmp_path / "mixed", count=2)
+    other = make_folder(tmp_path / "other", count=1, size=(56, 64))
+    (other / "images/frame000.jpg").replace(mixed / "images/frame000.jpg")
+    url = (tmp_path / "shards").as_uri()
+    write_dataset(mixed, open_storage(url, StorageConfig()), labels=False)
+    options = {"checkpoint": str(checkpoint), "data": data["data.source"], "adapt_data": url}
+    assert_refused({**options, "runs": str(tmp_path)}, [f"{url} differ in size", "--size"])
 
 
 def assert_refused(options: dict[str, str], words: list[str]) -> None:
