@@ -19,14 +19,16 @@ from cluster.storage import Storage, StorageError
 
 UPLOAD_S = 10
 EVENTS_BYTES = 4 << 20  # of a file of events that is full: it is not uploaded again
+METRICS_RATE = 400_000  # bytes a second, on average: metrics are uploaded whole, and only grow
 
 
 class RunLog:
     """Metrics as JSON lines, TensorBoard events and pictures of one run, written by rank 0.
 
     Object stores cannot append, so files grow in a local folder. A thread uploads those that have
-    changed every UPLOAD_S; what the store refuses it calls `warn` for once, and tries again. It
-    looks at the lease first and uploads nothing once another writer has the run.
+    changed, every UPLOAD_S or less often as the metrics grow; what the store refuses it calls
+    `warn` for once, and tries again. It looks at the lease first and uploads nothing once another
+    writer has the run.
     """
 
     def __init__(
@@ -109,20 +111,20 @@ class RunLog:
         with self._changing:
             self._writer.flush()
             files = {f"tensorboard/{file.name}": file for file in Path(self._folder.name).iterdir()}
-            changed = {METRICS: "".join(f"{line}\n" for line in self._lines).encode()}
-            changed |= self._pictures
+            lines, changed = self._lines.copy(), self._pictures.copy()
             for key, file in files.items():
                 if file.stat().st_size != self._sizes.get(key):
                     changed[key] = file.read_bytes()
             if all(file.stat().st_size >= EVENTS_BYTES for file in files.values()):
                 self._writer.close()
                 self._writer = SummaryWriter(self._folder.name)
-        if len(changed[METRICS]) == self._sizes.get(METRICS):
-            del changed[METRICS]
-        return changed
+        metrics = "".join(f"{line}\n" for line in lines).encode()  # long: training need not wait
+        if len(metrics) == self._sizes.get(METRICS):
+            return changed
+        return {METRICS: metrics, **changed}
 
     def _run(self) -> None:
-        while not self._closed.wait(UPLOAD_S):
+        while not self._closed.wait(pause_seconds(self._sizes.get(METRICS, 0))):
             self.upload()
 
     def close(self) -> None:
@@ -131,6 +133,11 @@ class RunLog:
         self.upload()
         self._writer.close()
         self._folder.cleanup()
+
+
+def pause_seconds(metrics_bytes: int) -> float:
+    """Between two uploads, where the metrics have this size."""
+    return max(UPLOAD_S, metrics_bytes / METRICS_RATE)
 
 
 def used_bytes(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from cluster import telemetry
 from cluster.lease import Lease, LeaseError
 from cluster.run_config import METRICS
 from cluster.storage import Patience, Storage, StorageConfig, StorageError, open_storage
-from cluster.telemetry import RunLog
+from cluster.telemetry import RunLog, pause_seconds
 
 PNG = encode_png(torch.zeros(3, 4, 4, dtype=torch.uint8)).numpy().tobytes()
 
@@ -103,6 +104,37 @@ def test_training_goes_on_while_the_store_stalls(tmp_path, begin, monkeypatch):
     log.close()
     assert logged(run) == [(0, 1.0)]
     assert run.get("panels/step-00000001.png") == PNG
+
+
+class SlowLine(str):
+    """A line that is `begun` to be written, and waits for `go_on`."""
+
+    begun, go_on = threading.Event(), threading.Event()
+
+    def __format__(self, spec: str) -> str:
+        self.begun.set()
+        assert self.go_on.wait(20)
+        return str(self)
+
+
+def test_training_goes_on_while_a_long_file_of_metrics_is_put_together(run, begin):
+    log = begin(run)
+    log._lines.append(SlowLine('{"step": 0, "source_ce": 1.0}'))
+    with ThreadPoolExecutor() as pool:
+        upload = pool.submit(log.upload)
+        assert SlowLine.begun.wait(20)
+        log.log(1, {"source_ce": 2.0})
+        SlowLine.go_on.set()
+        upload.result()
+    log.close()
+    assert logged(run) == [(0, 1.0), (1, 2.0)]
+
+
+@pytest.mark.parametrize("size", [0, 1000, 13_000_000, 10**9])
+def test_a_large_file_of_metrics_is_uploaded_less_often(size):
+    pause = pause_seconds(size)
+    assert pause >= 10
+    assert size / pause <= 400_000
 
 
 def test_what_a_store_refuses_is_one_warning_and_uploaded_later(run, begin, tmp_path):
