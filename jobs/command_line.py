@@ -51,15 +51,14 @@ def run(
     signal.signal(signal.SIGTERM, _terminate)
     if dry_run is not None and DRY_RUN in arguments:
         main, check = dry_run, None
+    checked = False
     try:
         if check is not None:
             check(config)
-    except ValueError as error:
-        _end(error, USAGE_ERROR)
-    try:
+            checked = True
         main(config)
     except ValueError as error:
-        late = check is not None or isinstance(error, WorkError)
+        late = checked or isinstance(error, WorkError)
         _end(error, DATA_ERROR if late else USAGE_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

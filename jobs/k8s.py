@@ -170,7 +170,10 @@ def stop(job: NamedJob) -> None:
 
 
 def _kubectl(*arguments: str, stdin: str | None = None, show: bool = False) -> str:
-    """What kubectl prints. Raises ValueError with its last line, WorkError if a cluster said it."""
+    """What kubectl prints.
+
+    Raises ValueError with its last line, or its exit code, WorkError if a cluster said it.
+    """
     command = ["kubectl", "--namespace", NAMESPACE, *arguments]
     if arguments[0] == "kustomize":
         command = ["kubectl", *arguments]
@@ -183,7 +186,8 @@ def _kubectl(*arguments: str, stdin: str | None = None, show: bool = False) -> s
         raise ValueError("kubectl is not installed: it is needed to render and to submit") from None
     if done.returncode:
         wrong = WorkError if arguments[0] != "kustomize" else ValueError
-        raise wrong(f"kubectl {arguments[0]}: {done.stderr.strip().splitlines()[-1]}")
+        reasons = [f"exit code {done.returncode}", *done.stderr.strip().splitlines()]
+        raise wrong(f"kubectl {arguments[0]}: {reasons[-1]}")
     return done.stdout or ""
 
 

@@ -1,5 +1,7 @@
 """Flags, files and presets make one configuration; a mistake in any of them is one line."""
 
+import signal
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -150,6 +152,25 @@ def test_the_exit_code_says_whether_work_had_started(capsys):
     assert begun == (1, "error: bad data\n")
     checked = failure(capsys, run, pytest.fail, Outer, check=refuse, arguments=arguments)
     assert checked == (2, "error: bad data\n")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("stage", ["check", "main"])
+def test_an_interrupt_ends_a_job_with_its_code_at_any_stage(sent, code, stage):
+    def interrupted(config):
+        try:
+            signal.raise_signal(sent)
+        except SystemExit:
+            sys.exit(15)  # as Ray's waiting does
+
+    stages = {"check": lambda config: None, "main": pytest.fail, stage: interrupted}
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
+            run(stages["main"], Outer, check=stages["check"], arguments=["--steps", "1"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert isinstance(caught.value, SystemExit) and caught.value.code == code
 
 
 def test_a_bug_keeps_its_traceback():

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from jobs.k8s import TrainJob, build
+from cluster.errors import WorkError
+from jobs.k8s import NamedJob, TrainJob, build, status
 from tests.k8s.manifests import commands, find, problems
 
 DATA = {"bucket": "s3://b", "source": "shards/day", "target": "s3://other/night"}
@@ -86,3 +87,12 @@ def test_a_cluster_that_does_not_answer_is_one_line(unused_port, tmp_path):
     assert done.returncode == 1 and not done.stdout
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: kubectl delete:") and "127.0.0.1" in line
+
+
+def test_a_kubectl_that_is_killed_is_named_with_its_exit_code(tmp_path, monkeypatch):
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text("#!/bin/sh\nkill -9 $$\n")
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(WorkError, match="kubectl get: exit code -9"):
+        status(NamedJob("run"))
