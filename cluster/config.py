@@ -45,7 +45,7 @@ class ValidationConfig:
     Attributes:
         data: URL of a data set of held-out target images; empty for none. With labels mIoU is
             measured on it, without them only how sure the networks are.
-        every: Steps between validations; the last step is always validated.
+        every: Iterations between validations; the last step is always validated.
     """
 
     data: str = ""
@@ -95,7 +95,7 @@ class TrainConfig(MethodConfig):
             replaces a stopped process after 600, without traces of the others.
         seed: Seed of data, augmentation and initial weights.
         log_every: Steps between lines of metrics.
-        checkpoint_every: Steps between checkpoints.
+        checkpoint_every: Iterations between checkpoints, at `optimization.reference_batch` images.
         keep_last: Newest checkpoints that are kept.
         keep_best: Checkpoints kept besides for the student's mIoU; a checkpoint has one if its
             step is validated, so make `validation.every` a multiple of `checkpoint_every`.

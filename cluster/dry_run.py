@@ -19,7 +19,7 @@ from cluster.storage import StorageConfig, open_storage
 from cluster.training import resolve
 from cluster.urls import absolute_url
 from sepico.network import Segmentor, check_model
-from sepico.schedule import contrast_start_step, learning_rate
+from sepico.schedule import contrast_start_step, is_due, learning_rate
 
 MIB = 1024**2
 FLOAT32, FLOAT64 = 4, 8
@@ -136,6 +136,12 @@ def _print_schedule(config: TrainConfig) -> None:
         f"steps             {optimization.steps:,} of {optimization.global_batch} images a domain"
     )
     print(f"  contrast from   {start:,}")
+    intervals = {"checkpoints": config.checkpoint_every}
+    if config.validation.data:
+        intervals["validations"] = config.validation.every
+    for name, every in intervals.items():
+        dues = [is_due(done, every, optimization) for done in range(1, optimization.steps)]
+        print(f"  {name:<16}{sum(dues) + 1:,}")
     for step in sorted({0, round(optimization.warmup / optimization.batch_ratio)}):
         print(f"  rate at {step:<8,}{learning_rate(step, optimization):.3g}")
 

@@ -13,7 +13,7 @@ from cluster.deepspeed_config import read_deepspeed
 from cluster.errors import WorkError
 from cluster.events import log_event
 from cluster.lease import Lease, hold_lease
-from cluster.manifest import open_manifest
+from cluster.manifest import open_manifest, read_manifest
 from cluster.progress import ProgressDisplay, start_progress
 from cluster.run_config import CONFIG, check_continuation, check_fork, described
 from cluster.storage import open_storage

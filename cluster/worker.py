@@ -40,7 +40,7 @@ from sepico.contrast import PixelContrast
 from sepico.network import Segmentor, build_blank, build_segmentor
 from sepico.normalization import set_batch_norm
 from sepico.panels import step_panel
-from sepico.schedule import contrast_start_step, ema_decay
+from sepico.schedule import contrast_start_step, ema_decay, is_due
 from sepico.step import AdaptationStep
 from sepico.teacher import Teacher, class_weights
 
@@ -212,7 +212,7 @@ class _Trainer:
             self.log.close()
 
     def train(self, until: int, pauses: tuple[int, ...] = ()) -> dict[str, float] | Ended:
-        self.batches = iter(self.loader)
+        self.batches, optimization = iter(self.loader), self.config.optimization
         for step in range(self.start, until):
             if step in pauses and not self._may_go_on(step):
                 break
@@ -229,20 +229,19 @@ class _Trainer:
             except DivergenceError:
                 return self._diverged(step, batch)
             if self.teacher is not None:
-                optimization, alpha = self.config.optimization, self.config.teacher.ema_alpha
-                decay = ema_decay(step, optimization, alpha)
+                decay = ema_decay(step, optimization, self.config.teacher.ema_alpha)
                 self.engine.update_teacher(self.teacher, decay)
             if logged:
                 self.metrics.show(step)
             if self.log and self.step.pictures and done % self.config.panel_every == 0:
                 panel = step_panel(self.step.pictures, self.loader.source.taxonomy)
                 self.log.picture("step", done, panel)
-            validate = self.config.validation.data and (
-                done % self.config.validation.every == 0 or rests
-            )
+            due = is_due(done, self.config.validation.every, optimization)
+            validate = self.config.validation.data and (due or rests)
             self.validated = self._validate(student, step) if validate else {}
             ends = done % POLL_STEPS == 0 and (self._is_drained(done) or self._is_resized(done))
-            if done % self.config.checkpoint_every == 0 or rests or ends:
+            due = is_due(done, self.config.checkpoint_every, optimization)
+            if due or rests or ends:
                 self.checkpoints.save(done, self.state, self.validated)
             if ends or rests:
                 self.checkpoints.wait()

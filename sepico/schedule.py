@@ -1,4 +1,4 @@
-"""Learning rate, EMA decay and contrast start as pure functions of the step."""
+"""Learning rate, EMA decay and what is due when, as pure functions of the step."""
 
 import math
 
@@ -40,3 +40,9 @@ def ema_decay(step: int, config: OptimizationConfig, ema_alpha: float) -> float:
 def contrast_start_step(start_iteration: int, config: OptimizationConfig) -> int:
     """First optimiser step with contrast."""
     return math.ceil(start_iteration / config.batch_ratio)
+
+
+def is_due(done: int, every: int, config: OptimizationConfig) -> bool:
+    """Whether the last of `done` steps passed a multiple of `every` iterations."""
+    samples = every * config.reference_batch
+    return done * config.global_batch // samples > (done - 1) * config.global_batch // samples
