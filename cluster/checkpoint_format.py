@@ -57,6 +57,7 @@ class Checkpoint:
     zero_stage: int
     shapes: dict[str, list[int]]  # of the parameters, by name, in the order of the vectors
     optimizer_steps: dict[str, int]  # by group name
+    pinned: bool = False  # no later one takes its place: other runs may begin from it
     loss_scale: dict[str, float] = field(default_factory=dict)  # under fp16
     metrics: dict[str, float] = field(default_factory=dict)  # of the validation at this step
     config: dict[str, Any] = field(default_factory=dict)  # of the run, as in its config.json

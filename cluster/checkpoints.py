@@ -59,9 +59,9 @@ class RunState:
 class CheckpointWriter:
     """Writes checkpoints behind the training's back, one at a time. Built by all ranks together.
 
-    Keeps the newest `keep_last` and the `keep_best` with the highest mIoU of the student. Manifests
-    say `origin`: fields of Checkpoint. Rank 0 calls, from another thread, `before_commit` when all
-    but the manifest is written, and `committed` once a checkpoint is complete.
+    Keeps the newest `keep_last`, the `keep_best` with the highest mIoU of the student, and what is
+    pinned. Manifests say `origin`: fields of Checkpoint. Rank 0 calls, from another thread,
+    `before_commit` when all but the manifest is written, and `committed` once one is complete.
     """
 
     def __init__(
@@ -83,7 +83,9 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, state: RunState, metrics: dict[str, float]) -> None:
+    def save(
+        self, step: int, state: RunState, metrics: dict[str, float], *, pinned: bool = False
+    ) -> None:
         """Copy the state after `step` steps and write it meanwhile. A collective.
 
         Waits for the checkpoint before, and raises what `wait` does.
@@ -95,6 +97,7 @@ class CheckpointWriter:
             generation=self._lease.generation,
             world_size=dist.get_world_size(),
             zero_stage=state.engine.stage,
+            pinned=pinned,
             shapes=parameter_shapes(state.engine.module.module),
             optimizer_steps=OptimizerPartition(state.engine.module, state.engine.stage).steps(),
             loss_scale=asdict(state.engine.loss_scale) if state.engine.loss_scale else {},
@@ -150,6 +153,7 @@ class CheckpointWriter:
         measured.sort(key=lambda known: known.metrics[BEST_BY], reverse=True)
         kept = {known.prefix for known in complete[-self._keep_last :]}
         kept |= {known.prefix for known in measured[: self._keep_best]}
+        kept |= {known.prefix for known in complete if known.pinned}
         for known in complete:
             if known.prefix not in kept:
                 delete_checkpoint(self._storage, known.prefix)

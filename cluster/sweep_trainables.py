@@ -79,7 +79,8 @@ def run_member(parameters: dict[str, Any], plan: Plan) -> None:
     """Tune's trainable for population-based training: a chain of runs.
 
     A member that takes over another's state gets that one's checkpoint from Tune, a file with the
-    URL of the run's own checkpoint, and goes on from there as a fork with other values.
+    URL of the run's own checkpoint, and goes on from there as a fork with other values. The run may
+    train on before that: it keeps the checkpoint of every step that it was asked to end at.
     """
     member = parameters["member"]
     sweep = open_storage(plan.url, plan.base.storage)
@@ -104,7 +105,7 @@ def run_member(parameters: dict[str, Any], plan: Plan) -> None:
             # Tune leaves NaN out of a population; the worst takes over the state of the best.
             metrics = {plan.objective: -math.inf if plan.mode == "max" else math.inf}
         with tempfile.TemporaryDirectory() as folder:
-            state = {"fork": trial.checkpoint(), "step": step, "run": trial.record.run}
+            state = {"fork": trial.checkpoint(step), "step": step, "run": trial.record.run}
             Path(folder, FORK).write_text(json.dumps(state))
             metrics |= {"name": trial.record.name, "budget": i + 1}
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))

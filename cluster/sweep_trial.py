@@ -117,9 +117,9 @@ class Trial:
             self._training.end()
             self._note()
 
-    def checkpoint(self) -> str:
-        """URL of the run's newest checkpoint; empty if it has none."""
-        found = list_checkpoints(self._run)
+    def checkpoint(self, step: int) -> str:
+        """URL of the run's checkpoint after `step` steps; empty if it has none."""
+        found = [known for known in list_checkpoints(self._run) if known.step == step]
         return f"{self._run.url}/{found[-1].prefix}" if found else ""
 
     def _measured(self, step: int) -> dict[str, float]:

@@ -42,7 +42,8 @@ def train(
     """Create or continue a run; returns the last validation's metrics and the run's URL.
 
     Ends after `until` steps where the run is longer, with a validation and a checkpoint as at the
-    end; called again it goes on from there. A pause has both too.
+    end; called again it goes on from there, and keeps this checkpoint: other runs may fork from it.
+    A pause has a validation and a checkpoint too.
 
     Raises ValueError (one line: what is wrong and the fix) before any worker starts; LeaseError,
     one of these, where another writer holds the run.

@@ -242,7 +242,7 @@ class _Trainer:
             ends = done % POLL_STEPS == 0 and (self._is_drained(done) or self._is_resized(done))
             due = is_due(done, self.config.checkpoint_every, optimization)
             if due or rests or ends:
-                self.checkpoints.save(done, self.state, self.validated)
+                self.checkpoints.save(done, self.state, self.validated, pinned=done == until)
             if ends or rests:
                 self.checkpoints.wait()
             self.checkpoints.poll()

@@ -79,9 +79,9 @@ def resume(folder: Path, engine: str, of: str) -> None:
     _save(own, state, ALL_STEPS)
 
 
-def save_scores(folder: Path, scores: list[float | None]) -> None:
-    """Save after steps 1, 2, ... with a score each; write those kept after each, and what was
-    complete before the manifest of each, to FOLDER/kept.json."""
+def save_scores(folder: Path, scores: list[float | None], pinned: int) -> None:
+    """Save after steps 1, 2, ... with a score each, one of them pinned; write those kept after
+    each, and what was complete before the manifest of each, to FOLDER/kept.json."""
     from cluster.checkpoints import BEST_BY, CheckpointWriter
 
     run, state = storage(folder / "scores"), _state(ENGINES["0"])
@@ -94,7 +94,8 @@ def save_scores(folder: Path, scores: list[float | None]) -> None:
         run, _lease(run), keep_last=2, keep_best=1, before_commit=lambda: before.append(complete())
     )
     for step, score in enumerate(scores, start=1):
-        writer.save(step, state, {} if score is None else {BEST_BY: score})
+        metrics = {} if score is None else {BEST_BY: score}
+        writer.save(step, state, metrics, pinned=step == pinned)
         writer.wait()
         kept.append(complete())
     writer.close()

@@ -189,11 +189,11 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_left_out(two):
     assert [found.step for found in list_checkpoints(run)] == [STEPS + 1]
 
 
-def test_the_last_two_and_the_best_are_kept_and_nothing_of_the_others(tmp_path):
-    scores = [50, 70, None, 60, 80, 10, None]
-    run_ranks(run_rank, 1, str(tmp_path), "save_scores", [(scores,)])
+def test_the_last_two_the_best_and_the_pinned_are_kept_and_nothing_of_the_others(tmp_path):
+    scores = [50, 60, None, 70, None, 80, 10, None]
+    run_ranks(run_rank, 1, str(tmp_path), "save_scores", [(scores, 2)])
     found = json.loads((tmp_path / "kept.json").read_text())
-    kept = [[1], [1, 2], [2, 3], [2, 3, 4], [4, 5], [5, 6], [5, 6, 7]]
+    kept = [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6], [2, 6, 7], [2, 6, 7, 8]]
     assert found["kept"] == kept
     assert found["before"] == [[], *kept[:-1]], "not called before the manifest is written"
     folders = {path.parent.name for path in (tmp_path / "scores/checkpoints").rglob("*.*")}

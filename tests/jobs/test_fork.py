@@ -27,7 +27,7 @@ def warm_up(ray_cluster, trained, tmp_path_factory) -> str:
     train(config, until=START)
     run = open_storage(str(runs / "warm"), StorageConfig())
     (checkpoint,) = list_checkpoints(run)
-    assert checkpoint.step == START
+    assert checkpoint.step == START and checkpoint.pinned
     return f"{run.url}/{checkpoint.prefix}"
 
 

@@ -25,7 +25,7 @@ from cluster.sweep import sweep
 from cluster.sweep_config import SweepConfig
 from cluster.sweep_files import best_preset
 from cluster.sweep_records import read_records
-from cluster.sweep_trial import Plan
+from cluster.sweep_trial import Plan, Trial
 from cluster.training import Pauses
 from jobs.command_line import parse
 from tests.jobs.training import TINY, command
@@ -225,6 +225,15 @@ def test_a_trial_of_a_continued_sweep_is_compared_with_those_that_were_stopped()
         if miou < 10.0 or math.isnan(miou):
             scheduler.on_trial_complete(None, trial, result)
     assert scheduler.on_trial_result(None, trial, result) == scheduler.CONTINUE
+
+
+def test_a_trials_checkpoint_is_of_the_step_asked_for_however_far_it_has_come(swept):
+    plan, best = swept[0].plan, swept[0].best
+    trial = Trial(plan, best.point, plan.base.seed)
+    steps = [
+        find_checkpoint(replace(plan.base, fork=trial.checkpoint(s)))[1].step for s in plan.stops
+    ]
+    assert steps == plan.stops
 
 
 @pytest.mark.slow
