@@ -27,7 +27,7 @@ from cluster.inference import validate_networks
 from cluster.lease import LeaseError
 from cluster.loader import Batch, TrainLoader
 from cluster.process_group import TIMEOUT
-from cluster.profiling import StepProfiler
+from cluster.profiling import MEASURED, WARM_UP, StepProfiler
 from cluster.reader import LostSampleError
 from cluster.run_config import load_config
 from cluster.start import Start, agree_on_precision, agree_on_start
@@ -212,6 +212,10 @@ class _Trainer:
             self.log.close()
 
     def train(self, until: int, pauses: tuple[int, ...] = ()) -> dict[str, float] | Ended:
+        left, needed = until - self.start, WARM_UP + MEASURED
+        if self.profiler and left < needed:
+            message = f"--profile takes {needed} steps, {left} are left: none is measured"
+            self.progress.event.remote("warning", "not_profiled", {"message": message})
         self.batches, optimization = iter(self.loader), self.config.optimization
         for step in range(self.start, until):
             if step in pauses and not self._may_go_on(step):

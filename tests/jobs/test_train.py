@@ -119,22 +119,28 @@ def killed(joined, trained, s3, folder, write_dataset) -> tuple[Storage, dict[st
     return store, options
 
 
-def go_on(killed: tuple[Storage, dict[str, str]], runs: str, **changed: str) -> Storage:
-    """Continue a copy of the killed run below `runs`; the run's folder."""
+def go_on(killed: tuple[Storage, dict[str, str]], runs: str, **changed: str) -> tuple[Storage, str]:
+    """Continue a copy of the killed run below `runs`; the run's folder, and what the job said."""
     store, options = killed
     for key in filter(lambda key: "." in key, store.list("killed")):  # no markers of folders
         store.put(f"{runs}/{key.removeprefix('killed/')}", store.get(key))
     job = run_job("jobs.train", {**options, "runs": f"{store.url}/{runs}", **changed})
     assert job.returncode == 0, job.stderr
-    return open_storage(f"{store.url}/{runs}/first", StorageConfig(options["storage.endpoint"]))
+    run = open_storage(f"{store.url}/{runs}/first", StorageConfig(options["storage.endpoint"]))
+    return run, job.stderr
+
+
+@pytest.fixture(scope="module")
+def continued(killed) -> tuple[Storage, str]:
+    return go_on(killed, "continued", profile="true")
 
 
 def losses_at(run: Storage) -> list[tuple]:
     return losses([json.loads(line) for line in run.get("metrics.jsonl").splitlines()])
 
 
-def test_a_run_in_a_bucket_that_was_killed_equals_one_in_files_that_was_not(trained, killed):
-    run = go_on(killed, "continued")
+def test_a_run_in_a_bucket_that_was_killed_equals_one_in_files_that_was_not(trained, continued):
+    run, _ = continued
     assert losses_at(run) == losses(metrics(trained[0]))
     for name in ("student", "teacher", "statistics"):
         expected, found = final_weights(trained[0], name), final_weights(run, name)
@@ -142,8 +148,13 @@ def test_a_run_in_a_bucket_that_was_killed_equals_one_in_files_that_was_not(trai
     assert any(key.startswith("panels/") for key in run.list())
 
 
+def test_a_run_with_too_few_steps_left_says_that_it_measures_none(continued):
+    assert "--profile takes 6 steps, 3 are left" in continued[1]
+    assert not list(continued[0].list("profile"))
+
+
 def test_a_killed_run_goes_on_with_fewer_workers(trained, killed):
-    run = go_on(killed, "fewer", workers="1")
+    run, _ = go_on(killed, "fewer", workers="1")
     for one, two in zip(losses_at(run), losses(metrics(trained[0])), strict=True):
         assert one == pytest.approx(two, rel=2e-3)
 
