@@ -226,7 +226,9 @@ def evaluate_tasks(
     manifest = open_manifest(tasks[0].data, storage)
     for url in {task.adapt_data for task in tasks if task.adapt_data}:
         if read_manifest(open_storage(url, storage)).image_size is None:
-            raise ValueError(f"adapt_data: the images of {url} differ in size: ingest with --size")
+            raise ValueError(
+                f"adapt_data: the images of {url} differ in size: ingest it with --size"
+            )
     for task in tasks:
         if task.num_classes != manifest.taxonomy.num_classes:
             raise ValueError(
