@@ -31,7 +31,11 @@ READ_AHEAD = 8  # samples decoded ahead in an evaluation
 
 @dataclass
 class Batch:
-    """The slots of one step that one rank takes: b = global_batch / world_size samples."""
+    """The slots rank, rank + world_size, ... of one step, which one rank takes: b samples.
+
+    Where the number of ranks does not divide the global batch, the first ones have one more. All
+    of the target's is None, and its keys are empty, where the loader reads no targets.
+    """
 
     step: int
     slots: list[int]
@@ -40,9 +44,17 @@ class Batch:
     target_keys: list[str]
     source_image: torch.Tensor  # (b, 3, crop_height, crop_width) uint8
     source_label: torch.Tensor  # (b, 1, crop_height, crop_width) int64
-    target_image: torch.Tensor  # (b, 3, H, W) uint8, the whole image
+    target_image: torch.Tensor | None  # (b, 3, H, W) uint8, the whole image
     target_label: torch.Tensor | None  # (b, 1, H, W) int64, for analysis only
     target_reference: torch.Tensor | None  # (b, 3, H, W) uint8, the day image of the same place
+
+    @property
+    def samples(self) -> list[str]:
+        """What each slot is made of, for a message."""
+        if not self.target_keys:
+            return self.source_keys
+        pairs = zip(self.source_keys, self.target_keys, strict=True)
+        return [f"{source} with {target}" for source, target in pairs]
 
     def to(self, device: torch.device) -> StepBatch:
         """What a step takes, on `device`."""
@@ -65,7 +77,7 @@ class Batch:
         )
 
 
-Prepared = tuple[Draw, Sample, Sample]  # of one slot: the source's crop, the whole target
+Prepared = tuple[Draw, Sample, Sample | None]  # of one slot: the source's crop, the whole target
 
 
 class TrainLoader:
@@ -73,7 +85,8 @@ class TrainLoader:
 
     Iterated again, it goes on with the step after the last one.
 
-    `references` asks for the target's reference images.
+    `references` asks for the target's reference images; without `targets` no image of the target
+    is read, and the source's are the same.
     Raises ValueError, in one line, for data that cannot fill such batches; a sample that cannot
     be read is an error with its key when its batch is due.
     """
@@ -88,6 +101,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
         start_step: int = 0,
+        targets: bool = True,
         references: bool = False,
     ) -> None:
         counters = ReadCounters()
@@ -97,7 +111,7 @@ class TrainLoader:
         self._target = open_reader(data.target, storage, references=references, **options)
         self.source, self.target = self._source.manifest, self._target.manifest
         check_manifests(data, self.source, self.target, global_batch)
-        self._data = data
+        self._data, self._targets = data, targets
         self._steps = count(start_step)
         self._slots = range(rank, global_batch, world_size)
         self._sampler = Sampler(
@@ -137,15 +151,16 @@ class TrainLoader:
         for step in count(start_step):
             for slot in self._slots:
                 draw = self._sampler.draw(step, slot)
-                reads = [(self._source, draw.source), (self._target, draw.target)]
+                reads = [(self._source, draw.source)]
+                if self._targets:
+                    reads.append((self._target, draw.target))
                 yield Work(reads, partial(self._prepare, draw))
 
-    def _prepare(self, draw: Draw, source: pa.Buffer, target: pa.Buffer) -> Prepared:
-        return (
-            draw,
-            self._prepare_source(draw, self._source.decode(draw.source, source)),
-            self._prepare_target(draw, self._target.decode(draw.target, target)),
-        )
+    def _prepare(self, draw: Draw, source: pa.Buffer, target: pa.Buffer | None = None) -> Prepared:
+        crop = self._prepare_source(draw, self._source.decode(draw.source, source))
+        if target is None:
+            return draw, crop, None
+        return draw, crop, self._prepare_target(draw, self._target.decode(draw.target, target))
 
     def _prepare_source(self, draw: Draw, sample: Sample) -> Sample:
         data = self._data
@@ -182,23 +197,29 @@ def load_samples(reader: ShardReader, indices: Iterable[int], threads: int = 2) 
 
 
 def _collate(step: int, slots: list[int], prepared: list[Prepared], ignore_index: int) -> Batch:
-    def labels(samples: tuple[Sample, ...]) -> torch.Tensor:
+    def stack(planes: list[torch.Tensor | None]) -> torch.Tensor | None:
+        complete = planes and all(plane is not None for plane in planes)
+        return torch.stack(planes) if complete else None
+
+    def labels(samples: list[Sample]) -> torch.Tensor | None:
+        planes = stack([sample.label for sample in samples])
+        if planes is None:
+            return None
+        planes = planes.long()[:, None]
         # The method ignores 255, whatever the data set's own value is.
-        planes = torch.stack([sample.label for sample in samples]).long()[:, None]
         return planes.masked_fill_(planes == ignore_index, 255)
 
     draws, sources, targets = zip(*prepared, strict=True)
-    labelled = all(target.label is not None for target in targets)
-    referenced = all(target.reference is not None for target in targets)
+    targets = [target for target in targets if target is not None]
     return Batch(
         step=step,
         slots=slots,
         seeds=[draw.seed for draw in draws],
         source_keys=[sample.key for sample in sources],
         target_keys=[sample.key for sample in targets],
-        source_image=torch.stack([sample.image for sample in sources]),
+        source_image=stack([sample.image for sample in sources]),
         source_label=labels(sources),
-        target_image=torch.stack([sample.image for sample in targets]),
-        target_label=labels(targets) if labelled else None,
-        target_reference=torch.stack([t.reference for t in targets]) if referenced else None,
+        target_image=stack([sample.image for sample in targets]),
+        target_label=labels(targets),
+        target_reference=stack([sample.reference for sample in targets]),
     )

@@ -133,6 +133,7 @@ class _Trainer:
             rank=self.rank,
             world_size=self.world_size,
             start_step=self.start,
+            targets=adapts,
             references=config.teacher.day_night,
         )
         pixel_counts = torch.from_numpy(self.loader.source.pixel_counts.sum(axis=0))
@@ -276,10 +277,8 @@ class _Trainer:
         if self.log:
             self.log.diverged()
         found = [name for name, value in self.step.metrics.items() if not value.isfinite()]
-        pairs = zip(batch.source_keys, batch.target_keys, strict=True)
-        samples = [f"{source} with {target}" for source, target in pairs]
         shares: list[Any] = [None] * self.world_size
-        dist.all_gather_object(shares, (found, samples))
+        dist.all_gather_object(shares, (found, batch.samples))
         guilty = [share for share in shares if share[0]] or shares
         names = sorted({name for found, _ in guilty for name in found}) or ["the gradient"]
         keys = "; ".join(key for _, samples in guilty for key in samples)

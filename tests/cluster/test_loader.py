@@ -1,6 +1,7 @@
 """Batches are a function of the step: whatever the workers, threads, store, or first step."""
 
 import dataclasses
+import shutil
 import threading
 from contextlib import closing, suppress
 from itertools import islice
@@ -106,6 +107,22 @@ def test_threads_and_prefetch_change_nothing(urls):
     slow, fast = batches(urls, threads=1, prefetch=1), batches(urls, threads=5, prefetch=7)
     for a, b in zip(slow, fast, strict=True):
         assert_equal(a, b)
+
+
+def test_without_targets_none_is_read_and_the_source_is_the_same(urls, tmp_path):
+    shutil.copy(Path(urls["target"]) / "manifest.arrow", tmp_path)  # its shards are not there
+    data = DataConfig(urls["source"], str(tmp_path), **CROP)
+    loader = TrainLoader(
+        data, StorageConfig(), seed=11, global_batch=6, rank=0, world_size=1, targets=False
+    )
+    with closing(loader):
+        found = list(islice(loader, 3))
+    for expected, batch in zip(batches(urls, steps=3), found, strict=True):
+        sources = {"target_image": None, "target_keys": []}
+        assert_equal(dataclasses.replace(expected, **sources), batch)
+        assert batch.to(torch.device("cpu")).target_image is None
+        assert batch.samples == batch.source_keys
+        assert expected.samples[0] == f"{batch.source_keys[0]} with {expected.target_keys[0]}"
 
 
 @pytest.fixture(scope="module")

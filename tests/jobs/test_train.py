@@ -172,9 +172,13 @@ def test_a_run_that_goes_on_draws_the_dropout_of_one_that_was_not_interrupted(tr
 
 
 @pytest.mark.slow
-def test_source_only_trains_without_teacher_and_projection(trained, tmp_path):
+def test_source_only_trains_without_teacher_projection_and_target_images(trained, tmp_path):
     _, options = trained
-    job = run_job("jobs.train", {**options, "method": "source_only", "runs": str(tmp_path)})
+    target = tmp_path / "target"
+    target.mkdir()
+    shutil.copy(f"{options['data.target']}/manifest.arrow", target)  # without the shards
+    options = {**options, "method": "source_only", "data.target": str(target)}
+    job = run_job("jobs.train", {**options, "runs": str(tmp_path)})
     assert job.returncode == 0, job.stderr
     assert not any(name.startswith("projection") for name in final_weights(tmp_path / "first"))
     assert not list((tmp_path / "first").rglob("teacher-*"))
