@@ -3,9 +3,9 @@
 Slot s of step t has the position p = t * global_batch + s. What is drawn for it depends on
 (seed, p) alone: `Philox` is a counter-based generator, so position p reads its random words
 directly, without drawing those before it. Ranks do not occur in the computation. Hence, for any
-number of workers n that divides the global batch: rank r takes the slots r, r + n, r + 2n, ...,
-these sets partition the slots, and the union over ranks is the same set of draws. A resume at
-step t needs the integer t and nothing else.
+number of workers n, whether or not it divides the global batch: rank r takes the slots r, r + n,
+r + 2n, ..., these sets partition the slots, and the union over ranks is the same set of draws. A
+resume at step t needs the integer t and nothing else.
 
 Only raw Philox words are used (numpy guarantees them, unlike the streams of Generator methods),
 so a run that resumes with another numpy sees the same samples. Nothing has the length of an

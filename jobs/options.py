@@ -31,7 +31,8 @@ HEAD = """# Options
 
 Written by `python -m jobs.options > docs/options.md`; the text is the code's own. Every job also
 has `--config PRESET_OR_FILE`, `--print_config`, `--log-level debug|info|warning|error` and
-`--help`; `jobs.train` has `--dry-run`. In a YAML file `--a.b` is the key `b` below `a`.
+`--help`; `jobs.train` and `jobs.demo` have `--dry-run`. In a YAML file `--a.b` is the key `b` below
+`a`.
 """
 
 
