@@ -1,6 +1,5 @@
 """The training loop of one worker."""
 
-import copy
 import json
 import math
 from contextlib import ExitStack, suppress
@@ -12,37 +11,31 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from cluster.activation_checkpointing import checkpoint_activations
 from cluster.checkpoint_format import Checkpoint, list_checkpoints
-from cluster.checkpoints import CheckpointWriter, RunState, restore_checkpoint
+from cluster.checkpoints import CheckpointWriter
 from cluster.config import TrainConfig
 from cluster.engine import (
     DivergenceError,
-    Engine,
     set_up_process,
-    shard_teacher,
 )
 from cluster.environment import ENVIRONMENT, describe_environment
 from cluster.inference import validate_networks
 from cluster.lease import LeaseError
 from cluster.loader import Batch, TrainLoader
-from cluster.process_group import TIMEOUT
 from cluster.profiling import MEASURED, WARM_UP, StepProfiler
 from cluster.reader import LostSampleError
 from cluster.run_config import load_config
-from cluster.start import Start, agree_on_precision, agree_on_start
+from cluster.start import Start, agree_on_start, begin_state
 from cluster.step_metrics import StepMetrics
 from cluster.storage import Storage, open_storage
 from cluster.telemetry import RunLog
 from cluster.training import Ended
 from cluster.watchdog import Watchdog
-from sepico.contrast import PixelContrast
-from sepico.network import Segmentor, build_blank, build_segmentor
-from sepico.normalization import set_batch_norm
+from sepico.network import Segmentor
 from sepico.panels import step_panel
-from sepico.schedule import contrast_start_step, ema_decay, is_due
+from sepico.schedule import ema_decay, is_due
 from sepico.step import AdaptationStep
-from sepico.teacher import Teacher, class_weights
+from sepico.teacher import class_weights
 
 # Between questions whether the group is about to end: calls to actors, a barrier of all workers.
 POLL_STEPS = 5
@@ -93,38 +86,11 @@ class _Trainer:
         self.run, self.watchdog = run, watchdog
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.steps = config.optimization.steps
-        adapts = config.method != "source_only"
 
-        torch.manual_seed(config.seed)
-        build = build_blank if start.checkpoint else build_segmentor
-        network = build(config.model, with_projection=adapts).to(device)
-        network.autocast_dtype = agree_on_precision(config.engine.precision)
-        self.teacher = Teacher(copy.deepcopy(network)) if adapts else None
-        self.contrast = None
-        if adapts:
-            set_batch_norm(self.teacher.network, config.engine.batch_norm)
-            # A group of its own keeps the statistics' asynchronous call apart from the rest.
-            self.contrast = PixelContrast(
-                config, device=device, group=dist.new_group(timeout=TIMEOUT)
-            )
-        set_batch_norm(network, config.engine.batch_norm)
-        if config.engine.activation_checkpointing:
-            checkpoint_activations(network.encoder)
-        self.engine = Engine(
-            network,
-            config.engine,
-            config.optimization,
-            projection_start=contrast_start_step(config.contrast.start, config.optimization),
-        )
-        if self.teacher is not None and self.engine.stage == 3:
-            shard_teacher(self.teacher)
-        self.state = RunState(self.engine, self.teacher, self.contrast)
-        self.start, self.validated = 0, {}
-        if start.checkpoint:
-            # A group that begins at its end, or at a pause, has no step left to measure at.
-            self.validated = start.checkpoint.metrics
-            parent = open_storage(start.url, config.storage)
-            self.start = restore_checkpoint(parent, start.checkpoint, self.state)
+        self.state, self.start = begin_state(config, device, start)
+        self.engine, self.teacher = self.state.engine, self.state.teacher
+        # A group that begins at its end, or at a pause, has no step left to measure at.
+        self.validated = start.checkpoint.metrics if start.checkpoint else {}
         self.loader = TrainLoader(
             config.data,
             config.storage,
@@ -133,15 +99,16 @@ class _Trainer:
             rank=self.rank,
             world_size=self.world_size,
             start_step=self.start,
-            targets=adapts,
+            targets=self.teacher is not None,
             references=config.teacher.day_night,
         )
         pixel_counts = torch.from_numpy(self.loader.source.pixel_counts.sum(axis=0))
+        network = self.engine.module.module
         self.step = AdaptationStep(
             config,
             network.normalize,
             self.teacher,
-            self.contrast,
+            self.state.contrast,
             class_weights(pixel_counts, config.teacher.class_weight_std).to(device),
         )
         self.log, origin = None, {}
@@ -182,7 +149,7 @@ class _Trainer:
             profiler.part("pseudo-labels", teacher, "probabilities")
             profiler.part("source features", teacher, "embeddings")
             profiler.part("class statistics", self.step, "_start_statistics")
-            profiler.part("contrast", self.contrast, "loss")
+            profiler.part("contrast", self.state.contrast, "loss")
             profiler.part("teacher average", self.engine, "update_teacher")
         profiler.part("logging", self.metrics, "show")
         profiler.part("validation", self, "_validate")
