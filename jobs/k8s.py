@@ -91,8 +91,8 @@ class TrainJob(NamedJob):
         if "://" not in self.bucket:
             raise ValueError(f"bucket {self.bucket} is no URL: pods share no files, give s3://...")
 
-    def arguments(self) -> list[str]:
-        """The command line of jobs.train."""
+    def arguments(self, of_overlay: str) -> list[str]:
+        """The command line of jobs.train; the job's own options come after those of its overlay."""
         bucket = self.bucket.rstrip("/")
         data = {
             "data.source": self.source,
@@ -109,22 +109,24 @@ class TrainJob(NamedJob):
             "max_failures": "100",
         }
         flags = [word for key, value in options.items() for word in (f"--{key}", value)]
-        return [*flags, *shlex.split(self.options)]
+        return [*flags, *shlex.split(of_overlay), *shlex.split(self.options)]
 
 
 def build(job: TrainJob) -> dict[str, Any]:
     """The RayJob of a training job. Raises ValueError where kustomize does."""
-    parse(TrainConfig, job.arguments())  # says what is wrong and ends the process
     folder = OVERLAYS / job.overlay if (OVERLAYS / job.overlay).is_dir() else Path(job.overlay)
-    objects = list(yaml.safe_load_all(_kubectl("kustomize", str(folder))))
-    patterns = [o for o in objects if (o["kind"], o["metadata"]["name"]) == ("RayJob", "train")]
-    if len(patterns) != 1:
+    rendered = yaml.safe_load_all(_kubectl("kustomize", str(folder)))
+    objects = {(o["kind"], o["metadata"]["name"]): o for o in rendered}
+    pattern = objects.get(("RayJob", "train"))
+    if pattern is None:
         raise ValueError(f"overlay {folder} has no RayJob/train")
-    (pattern,) = patterns
+    settings = objects.get(("ConfigMap", "sepico"), {"data": {}})["data"]
+    arguments = job.arguments(settings.get("TRAIN_OPTIONS", ""))
+    parse(TrainConfig, arguments)  # says what is wrong and ends the process
     pattern["metadata"]["name"] = job.name
     spec = pattern["spec"]
     # The shell of the submitter's pod reads it once.
-    spec["entrypoint"] = f"python -m jobs.train {shlex.join(job.arguments())}"
+    spec["entrypoint"] = f"python -m jobs.train {shlex.join(arguments)}"
     spec.pop("suspend", None)
     cluster = spec["rayClusterSpec"]
     (group,) = cluster["workerGroupSpecs"]

@@ -42,6 +42,13 @@ def test_a_rendered_job_has_what_was_asked_for_and_nothing_wrong(rendered):
         assert spec["containers"][0]["image"] == asked["image"]
 
 
+def test_a_job_has_the_options_of_its_overlay_before_its_own():
+    job = build(TrainJob("run", **DATA, overlay="production", options="--data.cache /other"))
+    (words,) = commands(job["spec"]["entrypoint"], {})
+    assert words.index("--data.cache_bytes") < words.index("/other")
+    assert words[words.index("/cache") - 1] == "--data.cache"
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
