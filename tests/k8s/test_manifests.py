@@ -13,7 +13,7 @@ from cluster.manifest import read_manifest
 from cluster.storage import StorageConfig, open_storage
 from jobs.demo import DATA_SETS, DemoConfig, dry_run
 from tests.k8s.crds import EXTRACT, extract
-from tests.k8s.manifests import K8S, OVERLAYS, find, problems, render
+from tests.k8s.manifests import K8S, OVERLAYS, commands, find, problems, render
 
 SHARED = K8S.parents[1] / "shared" / "kuberay"
 
@@ -47,6 +47,16 @@ def test_sweep_and_interactive_cluster_have_the_pods_of_train(rendered, overlay)
     interactive = find(rendered[overlay], "RayCluster", "interactive")["spec"]
     for group in ("headGroupSpec", "workerGroupSpecs"):
         assert interactive[group] == cluster[group]
+
+
+def test_a_sweep_is_resumed_from_the_store_that_it_was_started_in(rendered):
+    sweep = find(rendered["gpu"], "RayJob", "sweep")
+    settings = find(rendered["gpu"], "ConfigMap", "sepico")["data"]
+    store = ["--storage.endpoint", "https://s3.example.com"]
+    for command in commands(
+        sweep["spec"]["entrypoint"], settings | {"SWEEP_OPTIONS": " ".join(store)}
+    ):
+        assert command[-2:] == store
 
 
 def test_applying_an_overlay_for_gpus_starts_nothing(rendered):
