@@ -23,7 +23,7 @@ class PausingTraining:
 
     def __init__(self, config: TrainConfig, steps: list[int]) -> None:
         self._config, self._until = config, steps[-1]
-        self._pauses = Pauses(tuple(steps[:-1]), start_progress())
+        self._pauses = Pauses(tuple(steps[:-1]), start_progress(config.run))
         self._error: BaseException | None = None
         self._ends = threading.Event()
         self._began: float | None = None

@@ -1,5 +1,6 @@
 """A run's progress bar: rank 0 tells a small actor how far it is, and the driver, which owns the
-terminal, draws what the actor says. Workers that pause ask it whether to go on.
+terminal, draws what the actor says. As it outlives the workers, it publishes for alerts when the
+run last got further. Workers that pause ask it whether to go on.
 
 Nothing heavy is imported here: the actor's process starts with every group of workers.
 """
@@ -7,6 +8,7 @@ Nothing heavy is imported here: the actor's process starts with every group of w
 import asyncio
 import sys
 import threading
+import time
 from typing import Any
 
 import ray
@@ -14,13 +16,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from cluster.events import log_event
+from cluster.prometheus import RunGauges
 
 
 @ray.remote(num_cpus=0)
 class ProgressActor:
     """Holds the latest progress of a run and, of one that pauses, whether it goes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
+        self._gauges = RunGauges(run)
+        self._note_time("progress", "checkpoint")
+        self._furthest = 0
         self._latest: dict[str, Any] = {}
         self._events: list[tuple[str, str, dict[str, Any]]] = []
         self._hung: dict[tuple[int, str], list[int]] = {}
@@ -34,7 +40,13 @@ class ProgressActor:
         self._asked = (-1, False)
         self._due: int | None = None  # the step of the checkpoint that is asked for
 
+    def _note_time(self, *names: str) -> None:
+        self._gauges.set({f"{name}_time_seconds": time.time() for name in names})
+
     def update(self, done: int, total: int, shown: dict[str, str]) -> None:
+        if done > self._furthest:  # steps that a restart repeats are no progress
+            self._furthest = done
+            self._note_time("progress")
         self._latest = {"done": done, "total": total, "shown": shown}
 
     def event(self, level: str, name: str, fields: dict[str, Any]) -> None:
@@ -80,6 +92,7 @@ class ProgressActor:
         """A checkpoint is complete, be it one that was begun before it was asked for."""
         if self._due is not None and step >= self._due:
             self._saved.set()
+        self._note_time("checkpoint")
         self.event("info", "checkpoint", {"step": step, "key": key})
 
     async def allow(self, step: int) -> None:
@@ -112,10 +125,10 @@ class ProgressActor:
             return self._verdicts.setdefault(step, not self._ends)
 
 
-def start_progress() -> Any:
-    """A ProgressActor beside the driver, so that no lost worker's node takes it along."""
+def start_progress(run: str) -> Any:
+    """A ProgressActor of the run at a URL, beside the driver: no lost node takes it along."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ProgressActor.options(scheduling_strategy=here).remote()
+    return ProgressActor.options(scheduling_strategy=here).remote(run)
 
 
 class ProgressDisplay:

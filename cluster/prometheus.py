@@ -3,7 +3,12 @@
 Ray serves what `ray.util.metrics` is told on the port that it writes to its own service discovery
 (`ray.nodes()[i]["MetricsExportPort"]`), as `ray_sepico_NAME{run="...", class_name="..."}`.
 `k8s/monitoring/dashboard.json` shows them in Grafana.
+
+A gauge is gone as soon as its process is: an alert on a run that stands still needs one of the
+driver's (`cluster.progress`), as workers that are lost or wait for room say nothing.
 """
+
+from pathlib import PurePosixPath
 
 from ray.util.metrics import Counter, Gauge
 
@@ -11,10 +16,10 @@ PREFIX = "sepico_"
 
 
 class RunGauges:
-    """The latest value of every metric of one run; made where a Ray worker runs."""
+    """The latest value of every metric of the run at a URL; made where a Ray worker runs."""
 
     def __init__(self, run: str) -> None:
-        self._run = run
+        self._run = PurePosixPath(run).name
         self._gauges: dict[str, Gauge] = {}
 
     def set(self, metrics: dict[str, float]) -> None:

@@ -5,7 +5,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import psutil
 import torch
@@ -42,7 +42,7 @@ class RunLog:
             # Steps after the checkpoint are taken again: their old lines go.
             self._lines = [line for line in lines if json.loads(line)["step"] < start_step]
         self._writer = SummaryWriter(self._folder.name, purge_step=start_step)
-        self._gauges = RunGauges(PurePosixPath(storage.url).name)
+        self._gauges = RunGauges(storage.url)
         self._pictures: dict[str, bytes] = {}
         self._changing = threading.Lock()  # of the four above
         self._sizes: dict[str, int] = {}  # of what is uploaded, by key
@@ -75,10 +75,6 @@ class RunLog:
     def diverged(self) -> None:
         """Publish that the numbers are not finite any more."""
         self._gauges.set({"diverged": 1})
-
-    def committed(self) -> None:
-        """Publish when the newest checkpoint was complete, for alerts."""
-        self._gauges.set({"checkpoint_time_seconds": time.time()})
 
     def poll(self) -> None:
         """Raise LeaseError, without waiting, if an upload found that another writer has the run."""

@@ -94,7 +94,7 @@ def _train(
     config: TrainConfig, lease: Lease, until: int, pauses: Pauses | None
 ) -> dict[str, float] | Ended:
     """Run the group of workers up to step `until` and show its progress."""
-    progress = pauses.progress if pauses else start_progress()
+    progress = pauses.progress if pauses else start_progress(config.run)
     payload = {
         "config": config,
         "run_url": config.run,

@@ -170,7 +170,6 @@ class _Trainer:
         self.progress.event.remote("warning", "upload_failed", {"message": message})
 
     def _committed(self, checkpoint: Checkpoint) -> None:
-        self.log.committed()
         self.progress.committed.remote(checkpoint.step, checkpoint.prefix)
 
     def close(self) -> None:

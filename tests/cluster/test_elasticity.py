@@ -16,7 +16,7 @@ ONE_WORKER = SimpleNamespace(start_time=0.0, num_workers=1)
 
 @pytest.fixture
 def progress(ray_cluster):
-    return start_progress()
+    return start_progress("elastic")
 
 
 @pytest.fixture

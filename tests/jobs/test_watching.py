@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import ray
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cluster.progress import start_progress
 from cluster.prometheus import RunGauges, prediction_counters
 from tests.jobs.training import metrics
 
 CLASSES = [f"class{i}" for i in range(5)]
 DASHBOARD = Path(__file__).parents[2] / "k8s/monitoring/dashboard.json"
+ALERTS = DASHBOARD.with_name("alerts.yaml")
 
 
 def test_metrics_say_what_the_teacher_believes_and_how_classes_gather(trained):
@@ -66,9 +69,10 @@ def test_a_profile_shares_out_the_whole_step(trained):
     assert {"backward", "contrast"} <= {event.get("name") for event in trace["traceEvents"]}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def scraped(ray_cluster) -> dict[tuple[str, str | None], float]:
-    """(name, class): value on a Ray node's Prometheus port, of a run and of predictions.
+    """(name, class): value on a Ray node's Prometheus port, of a worker of the run `watched`, of
+    predictions, and of the driver of `stalled`, which has `repeated` a step at that time.
 
     Ray shows a gauge for as long as its worker repeats it (those of the cluster's earlier runs for
     a while longer), and not every metric in the same answer: what any answer said counts.
@@ -85,29 +89,43 @@ def scraped(ray_cluster) -> dict[tuple[str, str | None], float]:
 
     worker = Worker.remote()
     ray.get(worker.publish.remote())
+    progress = start_progress("s3://bucket/runs/stalled")
+    ray.get(progress.update.remote(10, 20, {}))
+    repeated = time.time()
+    ray.get(progress.update.remote(10, 20, {}))
     (node,) = ray.nodes()
     url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
     deadline = time.monotonic() + 120
     found: dict[tuple[str, str | None], float] = {}
-    while len(found) < 4 and time.monotonic() < deadline:
+    while len(found) < 6 and time.monotonic() < deadline:
         with urllib.request.urlopen(url, timeout=5) as response:
             for line in response.read().decode().splitlines():
-                ours = 'run="watched"' in line or "_images_total{" in line
+                ours = re.search(r'run="(watched|stalled)"|_images_total{', line)
                 if line.startswith("ray_sepico_") and ours:
                     name = line.split("{")[0]
                     class_name = re.search(r'class_name="([^"]*)"|$', line)[1]
                     found[name, class_name] = float(line.split()[-1])
         time.sleep(0.2)  # leaves the node's agent time to take what workers send
-    return found
+    return {**found, ("repeated", None): repeated}
 
 
 def test_prometheus_reads_metrics_and_counters_from_the_node(scraped):
-    assert scraped == {
+    assert {key: value for key, value in scraped.items() if value < 100} == {
         ("ray_sepico_mix_ce", ""): 1.5,
         ("ray_sepico_student_iou", "class3"): 42,
         ("ray_sepico_predicted_images_total", None): 7,
         ("ray_sepico_failed_images_total", None): 7,
     }
+
+
+def test_a_driver_says_when_its_run_got_further_and_a_repeated_step_is_no_progress(scraped):
+    published = {name for name, _ in scraped if name.endswith("_time_seconds")}
+    groups = yaml.safe_load(ALERTS.read_text())["spec"]["groups"]
+    rules = {rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
+    for alert in ("TrainingStalled", "CheckpointTooOld"):
+        assert set(re.findall(r"ray_\w+", rules[alert])) <= published
+    for name in published:
+        assert 0 < scraped["repeated", None] - scraped[name, ""] < 3600
 
 
 def test_dashboard_and_alerts_ask_for_what_a_run_publishes(trained):
@@ -117,8 +135,8 @@ def test_dashboard_and_alerts_ask_for_what_a_run_publishes(trained):
     queries = [target["expr"] for panel in panels for target in panel.get("targets", [])]
     asked = {name for query in queries for name in re.findall(r"ray_sepico_(\w+)", query)}
     assert len(asked) > 15
-    alerts = DASHBOARD.with_name("alerts.yaml").read_text()
-    alerted = set(re.findall(r"ray_sepico_(\w+)", alerts))
+    alerted = set(re.findall(r"ray_sepico_(\w+)", ALERTS.read_text()))
     # What is no line of metrics.jsonl: states, not steps.
-    assert asked | alerted <= known | {"diverged", "checkpoint_time_seconds"}
+    states = {"diverged", "progress_time_seconds", "checkpoint_time_seconds"}
+    assert asked | alerted <= known | states
     assert "diverged" in alerted
