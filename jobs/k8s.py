@@ -32,6 +32,7 @@ NAMESPACE = "sepico"
 # KubeRay appends to it to name the cluster, and that is part of the names of pods.
 NAME_LIMIT = 47
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+KUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 GPU_PRODUCT = "nvidia.com/gpu.product"
 
 
@@ -124,6 +125,9 @@ def build(job: TrainJob) -> dict[str, Any]:
     arguments = job.arguments(settings.get("TRAIN_OPTIONS", ""))
     parse(TrainConfig, arguments)  # says what is wrong and ends the process
     pattern["metadata"]["name"] = job.name
+    for kind, name in objects:
+        if kind == "LocalQueue":
+            pattern["metadata"].setdefault("labels", {})[KUEUE_LABEL] = name
     spec = pattern["spec"]
     # The shell of the submitter's pod reads it once.
     spec["entrypoint"] = f"python -m jobs.train {shlex.join(arguments)}"

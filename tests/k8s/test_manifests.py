@@ -12,8 +12,9 @@ import yaml
 from cluster.manifest import read_manifest
 from cluster.storage import StorageConfig, open_storage
 from jobs.demo import DATA_SETS, DemoConfig, dry_run
+from jobs.k8s import TrainJob, build
 from tests.k8s.crds import EXTRACT, extract
-from tests.k8s.manifests import K8S, OVERLAYS, commands, find, problems, render
+from tests.k8s.manifests import K8S, OVERLAYS, Object, commands, find, problems, render
 
 SHARED = K8S.parents[1] / "shared" / "kuberay"
 
@@ -23,21 +24,37 @@ def test_nothing_is_wrong_with_an_overlay(rendered, overlay):
     assert problems(rendered[overlay]) == []
 
 
+@pytest.fixture(scope="module")
+def with_scheduler(k8s) -> dict[str, Path]:
+    """The gpu overlay with a scheduler's component, by its name."""
+    folders = {}
+    for component in ("kueue", "volcano"):
+        folders[component] = folder = k8s / "overlays" / f"gpu-{component}"
+        folder.mkdir()
+        kustomization = {
+            "resources": ["../gpu"],
+            "components": [f"../../components/{component}"],
+            "transformers": ["../../one-cluster"],
+        }
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return folders
+
+
+def queue(o: Object) -> list[str]:
+    """The names of the queues in an object's labels."""
+    labels = o["metadata"].get("labels", {})
+    return [name for key, name in labels.items() if key.endswith("/queue-name")]
+
+
 @pytest.mark.parametrize("component", ["kueue", "volcano"])
-def test_nothing_is_wrong_with_a_scheduler_in_the_gpu_overlay(k8s, component):
-    folder = k8s / "overlays" / f"gpu-{component}"
-    folder.mkdir()
-    kustomization = {
-        "resources": ["../gpu"],
-        "components": [f"../../components/{component}"],
-        "transformers": ["../../one-cluster"],
-    }
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    objects = render(folder)
-    assert problems(objects) == []
-    for o in objects:
-        queued = any("queue-name" in key for key in o["metadata"].get("labels", {}))
-        assert queued == (o["kind"] in ("RayJob", "RayCluster"))
+def test_nothing_is_wrong_with_a_scheduler_in_the_gpu_overlay(with_scheduler, component):
+    assert problems(render(with_scheduler[component])) == []
+    job = build(TrainJob("run", "demo", "s3://b", "a", "b", overlay=with_scheduler[component]))
+    assert queue(job) == ["sepico"]
+
+
+def test_kueue_which_starts_what_is_in_a_queue_finds_no_pattern_there(with_scheduler):
+    assert not any(queue(o) for o in render(with_scheduler["kueue"]))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
