@@ -57,6 +57,10 @@ def test_kueue_which_starts_what_is_in_a_queue_finds_no_pattern_there(with_sched
     assert not any(queue(o) for o in render(with_scheduler["kueue"]))
 
 
+def test_a_run_that_fails_is_tried_once_more(rendered):
+    assert find(rendered["gpu"], "RayJob", "train")["spec"]["backoffLimit"] == 1
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_sweep_and_interactive_cluster_have_the_pods_of_train(rendered, overlay):
     cluster = find(rendered[overlay], "RayJob", "train")["spec"]["rayClusterSpec"]
