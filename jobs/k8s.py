@@ -59,13 +59,14 @@ class TrainJob(NamedJob):
     """A training job.
 
     Attributes:
-        preset: What is trained: a preset, or a YAML file that lies in the image.
+        preset: What is trained: a preset, or a YAML file of the same path here and in the image.
         bucket: URL of the bucket; the run is `runs/NAME` in it. Relative data lie in it too.
         source: Labelled source shards.
         target: Unlabelled target shards.
         validation: Labelled validation shards; empty for none.
         workers: Most workers; a pod and, on GPUs, a GPU each.
-        min_workers: Fewest workers, with which the run starts and goes on.
+        min_workers: Fewest workers that the run goes on with, and with the autoscaler also starts
+            with: without it KubeRay waits for the pods of all. 0 for `workers`.
         gpu: GPU product by the node label nvidia.com/gpu.product; empty for any.
         image: Image of all pods; empty for the overlay's.
         overlay: Folder below k8s/overlays, or any other kustomization.
@@ -78,7 +79,7 @@ class TrainJob(NamedJob):
     target: str = ""
     validation: str = ""
     workers: int = 1
-    min_workers: int = 1
+    min_workers: int = 0
     gpu: str = ""
     image: str = ""
     overlay: str = "gpu"
@@ -91,6 +92,7 @@ class TrainJob(NamedJob):
                 raise ValueError(f"{key} is missing: give --{key}")
         if "://" not in self.bucket:
             raise ValueError(f"bucket {self.bucket} is no URL: pods share no files, give s3://...")
+        self.min_workers = self.min_workers or self.workers
 
     def arguments(self, of_overlay: str) -> list[str]:
         """The command line of jobs.train; the job's own options come after those of its overlay."""

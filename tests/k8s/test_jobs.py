@@ -69,7 +69,7 @@ def test_a_job_that_kubernetes_could_not_run_is_refused(name, changes, message):
     [
         ({"preset": "gta"}, "neither a file nor a preset"),
         ({"options": "--optimisation.lr 1"}, "optimisation.lr"),
-        ({"workers": 3}, "workers is 1 to 3"),
+        ({"workers": 3}, "workers is 3 to 3"),
     ],
 )
 def test_what_the_run_would_refuse_is_refused_before_it_is_sent(changes, message, capsys):

@@ -1,6 +1,7 @@
 """Every overlay and every component renders to objects in which nothing is wrong."""
 
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -14,7 +15,16 @@ from cluster.storage import StorageConfig, open_storage
 from jobs.demo import DATA_SETS, DemoConfig, dry_run
 from jobs.k8s import TrainJob, build
 from tests.k8s.crds import EXTRACT, extract
-from tests.k8s.manifests import K8S, OVERLAYS, Object, commands, find, problems, render
+from tests.k8s.manifests import (
+    K8S,
+    OVERLAYS,
+    Object,
+    commands,
+    find,
+    pod_templates,
+    problems,
+    render,
+)
 
 SHARED = K8S.parents[1] / "shared" / "kuberay"
 
@@ -57,8 +67,41 @@ def test_kueue_which_starts_what_is_in_a_queue_finds_no_pattern_there(with_sched
     assert not any(queue(o) for o in render(with_scheduler["kueue"]))
 
 
+def test_pods_that_wait_for_the_others_give_their_accelerators_back(rendered, with_scheduler):
+    for name in ("train", "sweep"):
+        job = find(rendered["gpu"], "RayJob", name)
+        assert job["spec"]["preRunningDeadlineSeconds"] == 3600
+        # Volcano's hold none before all of them start.
+        job = find(render(with_scheduler["volcano"]), "RayJob", name)
+        assert "preRunningDeadlineSeconds" not in job["spec"]
+
+
 def test_a_run_that_fails_is_tried_once_more(rendered):
     assert find(rendered["gpu"], "RayJob", "train")["spec"]["backoffLimit"] == 1
+
+
+def requested(pod: Object, name: str) -> float:
+    """Cores, or GB of memory, that a pod requests."""
+
+    def of(container: Object) -> float:
+        quantity = container["resources"]["requests"][name]
+        number, unit = re.fullmatch(r"(\d+)(m|Gi|)", quantity).groups()
+        return int(number) * {"": 1, "m": 1e-3, "Gi": 1.024**3}[unit]
+
+    return max(sum(map(of, pod["containers"])), *map(of, pod.get("initContainers", [])), 0)
+
+
+def test_the_local_overlay_fits_where_it_says(rendered):
+    text = (K8S / "overlays/local-cpu/kustomization.yaml").read_text()
+    cores, gigabytes = map(int, re.search(r"(\d+) cores, (\d+) GB", text).groups())
+    train = find(rendered["local-cpu"], "RayJob", "train")
+    (group,) = train["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    store = find(rendered["local-cpu"], "StatefulSet", "seaweedfs")
+    submitter, head, worker = pod_templates(train)
+    templates = [submitter, head, *[worker] * group["replicas"], *pod_templates(store)]
+    # Besides, the operator takes 500m and 512Mi, kind's own pods 950m and 290Mi.
+    assert 1.45 + sum(requested(template["spec"], "cpu") for template in templates) <= cores
+    assert 0.85 + sum(requested(template["spec"], "memory") for template in templates) <= gigabytes
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
