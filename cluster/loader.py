@@ -26,7 +26,7 @@ from cluster.storage import StorageConfig
 from sepico.batch import StepBatch
 from sepico.randomness import slot_generator
 
-READ_AHEAD = 8  # samples decoded ahead in an evaluation
+DECODERS, READ_AHEAD = 2, 8  # threads, and samples decoded ahead, of an evaluation
 
 
 @dataclass
@@ -157,10 +157,10 @@ class TrainLoader:
                 yield Work(reads, partial(self._prepare, draw))
 
     def _prepare(self, draw: Draw, source: pa.Buffer, target: pa.Buffer | None = None) -> Prepared:
-        crop = self._prepare_source(draw, self._source.decode(draw.source, source))
+        crop = self._prepare_source(draw, self._source.decode(source))
         if target is None:
             return draw, crop, None
-        return draw, crop, self._prepare_target(draw, self._target.decode(draw.target, target))
+        return draw, crop, self._prepare_target(draw, self._target.decode(target))
 
     def _prepare_source(self, draw: Draw, sample: Sample) -> Sample:
         data = self._data
@@ -184,10 +184,10 @@ class TrainLoader:
         return Sample(sample.key, *maybe_flip(generator, self._data.flip_probability, *planes))
 
 
-def load_samples(reader: ShardReader, indices: Iterable[int], threads: int = 2) -> Iterator[Sample]:
+def load_samples(reader: ShardReader, indices: Iterable[int]) -> Iterator[Sample]:
     """The samples at `indices`, in order, read ahead; for evaluation. Closes the reader."""
-    works = (Work([(reader, index)], partial(reader.decode, index)) for index in indices)
-    prefetcher = Prefetcher(works, threads=threads, ahead=READ_AHEAD)
+    works = (Work([(reader, index)], reader.decode) for index in indices)
+    prefetcher = Prefetcher(works, threads=DECODERS, ahead=READ_AHEAD)
     try:
         yield from prefetcher
     finally:

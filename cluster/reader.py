@@ -69,7 +69,7 @@ class ShardReader:
 
     def read(self, index: int) -> Sample:
         """Fetch and decode one sample. Raises StorageError with its key."""
-        return self.decode(index, self.fetch([index])[0])
+        return self.decode(self.fetch([index])[0])
 
     def fetch(self, indices: Sequence[int]) -> list[pa.Buffer]:
         """The verified bytes of samples of one shard, sorted by place, in one request.
@@ -108,7 +108,7 @@ class ShardReader:
             kind = LostSampleError if lost else StorageError
             raise kind(f"sample {key!r} is unreadable: {error}") from None
 
-    def decode(self, index: int, payload: pa.Buffer) -> Sample:
+    def decode(self, payload: pa.Buffer) -> Sample:
         batch = pa.ipc.read_record_batch(payload, self._schema)
         key = batch["key"][0].as_py()
         size = batch["height"][0].as_py(), batch["width"][0].as_py()

@@ -11,7 +11,6 @@ import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import boto3
@@ -76,13 +75,13 @@ class Arrow:
         count = len(reader.manifest)
         order = range(count) if self._ordered else np.random.default_rng(0).permutation(count)
 
-        def prepare(index: int, payload):
+        def prepare(payload):
             if not decoded:
                 return payload
-            sample = reader.decode(index, payload)
+            sample = reader.decode(payload)
             return sample.image, sample.label
 
-        works = (Work([(reader, int(i))], partial(prepare, int(i))) for i in order)
+        works = (Work([(reader, int(i))], prepare) for i in order)
         stream = Prefetcher(works, threads=1, ahead=AHEAD)
         yield from stream
         reader.stop()
@@ -103,7 +102,7 @@ class Limit(Arrow):
             payloads = [reader.fetch([i])[0] for i in order[:64]]
             yield None  # from here on the time counts
             for turn in range(len(manifest)):
-                sample = reader.decode(order[turn % 64], payloads[turn % 64])
+                sample = reader.decode(payloads[turn % 64])
                 yield sample.image, sample.label
             return
 
