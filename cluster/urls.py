@@ -7,6 +7,8 @@ from pathlib import Path, PurePosixPath
 from cluster.errors import StorageError
 
 BUCKET = re.compile(r"[\w.$-]+", re.ASCII)
+# What was meant as a URL, but would be a path.
+NO_SLASHES = re.compile(r"(s3a?|gs|gcs|az|abfss?|file|https?):(?!//)", re.IGNORECASE)
 NO_KEY = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]")
 
 
@@ -15,6 +17,8 @@ def absolute_url(url: str) -> str:
 
     Ends with no slash, so that a key can be joined by one.
     """
+    if NO_SLASHES.match(url):
+        raise _unreadable(url)
     if "://" in url:
         return re.sub(r"(?<=[^:/])/+$", "", url)
     if not url:
@@ -30,7 +34,8 @@ def folder_and_key(url: str) -> tuple[str, str]:
 
 def run_url(run: str, runs: str) -> str:
     """URL of a run: `run` itself if it is a URL or path, else a folder below `runs`."""
-    return absolute_url(run if "/" in run else f"{runs.rstrip('/')}/{run}")
+    named = "/" not in run and not NO_SLASHES.match(run)
+    return absolute_url(f"{runs.rstrip('/')}/{run}" if named else run)
 
 
 def split_url(url: str) -> tuple[str, str, str]:
@@ -50,7 +55,11 @@ def split_url(url: str) -> tuple[str, str, str]:
                 "nor hold control characters"
             )
         return scheme, bucket, path
-    raise StorageError(
+    raise _unreadable(url)
+
+
+def _unreadable(url: str) -> StorageError:
+    return StorageError(
         f"cannot read the URL {url!r}: use s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, "
         "az://CONTAINER/PREFIX or file:///FOLDER"
     )

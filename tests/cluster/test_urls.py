@@ -3,7 +3,7 @@ import os
 import pytest
 
 from cluster.storage import StorageConfig, StorageError, open_storage
-from cluster.urls import absolute_url
+from cluster.urls import absolute_url, run_url
 
 
 def test_urls():
@@ -11,6 +11,7 @@ def test_urls():
     assert absolute_url("file:///a/b") == "file:///a/b"
     assert absolute_url("/a/b") == "file:///a/b"
     assert absolute_url("a/b") == f"file://{os.getcwd()}/a/b"
+    assert absolute_url("a:b") == f"file://{os.getcwd()}/a%3Ab"
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,13 @@ def test_urls():
 def test_a_url_nobody_can_read_is_refused(url):
     with pytest.raises(StorageError, match="s3://BUCKET/PREFIX"):
         open_storage(url, StorageConfig())
+
+
+@pytest.mark.parametrize("url", ["s3:/bucket/a", "S3:bucket", "gs:/a", "az:/a", "file:/a"])
+def test_a_url_without_its_slashes_is_no_path(url):
+    for read in (absolute_url, lambda url: run_url(url, "runs")):
+        with pytest.raises(StorageError, match=rf"'{url}': use s3://BUCKET/PREFIX"):
+            read(url)
 
 
 @pytest.mark.parametrize("path", ["a//b", "/a", "a/../b", "./a", "a\nb"])
