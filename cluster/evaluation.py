@@ -17,7 +17,7 @@ import xxhash
 from cluster.checkpoint_format import Checkpoint, newest_checkpoint
 from cluster.checkpoint_weights import read_weights
 from cluster.config import WorkerRange
-from cluster.manifest import open_manifest, read_manifest
+from cluster.manifest import Manifest, open_manifest, read_manifest
 from cluster.run_config import load_config
 from cluster.storage import StorageConfig, open_storage, read_url
 from cluster.submission import merge_parts
@@ -85,6 +85,7 @@ class EvaluationTask:
 
     url: str  # of the run; of the file where `checkpoint` is None
     num_classes: int
+    classes: tuple[str, ...] | None  # None: a file of the authors does not name them
     precision: str
     checkpoint: Checkpoint | None
     data: str
@@ -152,6 +153,7 @@ def tasks_of_run(
         EvaluationTask(
             run.url,
             trained["model"]["num_classes"],
+            tuple(trained["classes"]),
             trained["engine"]["precision"],
             checkpoint,
             data,
@@ -167,7 +169,7 @@ def tasks_of_file(
     """Tasks of a checkpoint file of the authors: as trained and, with `adapt_data`, after AdaBN."""
     num_classes = load_file_network(url, storage).num_classes
     return [
-        EvaluationTask(url, num_classes, "fp32", None, data, adaptation)
+        EvaluationTask(url, num_classes, None, "fp32", None, data, adaptation)
         for adaptation in _adaptations(adapt_data)
     ]
 
@@ -230,11 +232,7 @@ def evaluate_tasks(
                 f"adapt_data: the images of {url} differ in size: ingest it with --size"
             )
     for task in tasks:
-        if task.num_classes != manifest.taxonomy.num_classes:
-            raise ValueError(
-                f"{task.url} was trained on {task.num_classes} classes, {manifest.url} has "
-                f"{manifest.taxonomy.num_classes}"
-            )
+        _check_classes(task, manifest)
     connect_ray()
     group = WorkerRange(workers, workers)
     cpus = place(group)
@@ -258,6 +256,22 @@ def evaluate_tasks(
         for networks in results
     ]
     return rows, manifest.taxonomy
+
+
+def _check_classes(task: EvaluationTask, manifest: Manifest) -> None:
+    """Raise ValueError unless the labels of the data set are the classes of the networks."""
+    found = manifest.taxonomy.names
+    if task.num_classes != len(found):
+        raise ValueError(
+            f"{task.url} was trained on {task.num_classes} classes, {manifest.url} has {len(found)}"
+        )
+    if manifest.labelled and task.classes not in (None, found):
+        pairs = zip(task.classes, found, strict=True)
+        place, (own, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise ValueError(
+            f"{task.url} was trained with {own!r} as class {place}, {manifest.url} has {other!r} "
+            "there: ingest it with the classes of the training data"
+        )
 
 
 def mean_ious(matrix: ConfusionMatrix, taxonomy: Taxonomy) -> dict[str, float]:

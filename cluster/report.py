@@ -192,9 +192,11 @@ def _target(config: ReportConfig, runs: list[ReportedRun]) -> ShardReader:
     if not url:
         raise ValueError("data is not set and no run has a validation set: give --data URL")
     reader = open_reader(absolute_url(url), config.storage)
-    manifest, found = reader.manifest, runs[0].config["model"]["num_classes"]
-    if not manifest.labelled or manifest.taxonomy.num_classes != found:
-        raise ValueError(f"{manifest.url} must be labelled with the runs' {found} classes")
+    manifest, classes = reader.manifest, runs[0].config["classes"]
+    if not manifest.labelled or list(manifest.taxonomy.names) != classes:
+        raise ValueError(
+            f"{manifest.url} must be labelled with the runs' classes: {', '.join(classes)}"
+        )
     return reader
 
 
