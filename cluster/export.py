@@ -8,8 +8,7 @@ from safetensors.torch import save
 
 from cluster.checkpoint_format import Checkpoint, list_checkpoints
 from cluster.checkpoint_weights import read_weights
-from cluster.manifest import read_manifest
-from cluster.run_config import load_config
+from cluster.run_config import load_config, trained_taxonomy
 from cluster.storage import StorageConfig, StorageError, open_storage
 from cluster.urls import run_url
 from sepico.exported import DESCRIPTION, WEIGHTS
@@ -47,10 +46,9 @@ def export(config: ExportConfig) -> Checkpoint:
     to.check()
     weights = read_weights(run, checkpoint, config.network)
     weights = {name: v for name, v in weights.items() if not name.startswith("projection.")}
-    data = open_storage(trained["data"]["source"], config.storage)
     description = {
         "model": {**trained["model"], "encoder_weights": None},
-        "taxonomy": read_manifest(data).taxonomy.to_dict(),
+        "taxonomy": trained_taxonomy(trained, config.storage).to_dict(),
         "origin": {"run": run.url, "step": checkpoint.step, "network": config.network},
     }
     to.put(WEIGHTS, save(weights))

@@ -18,10 +18,9 @@ from ray.data import ActorPoolStrategy, DataContext
 from cluster.checkpoint_format import newest_checkpoint
 from cluster.evaluation import load_file_network, load_network, networks_of
 from cluster.events import log_event
-from cluster.manifest import read_manifest
 from cluster.predictor import FOLDERS, PredictImages, output_keys
 from cluster.ray_tasks import progress_bar
-from cluster.run_config import load_config
+from cluster.run_config import load_config, trained_taxonomy
 from cluster.storage import StorageConfig, StorageError, open_storage
 from cluster.urls import absolute_url, run_url
 from cluster.workers import connect_ray, use_gpu
@@ -165,7 +164,7 @@ def describe_network(config: PredictConfig) -> tuple[dict[str, Any], Taxonomy]:
     if config.network not in networks_of(checkpoint):
         raise StorageError(f"run {run.url} has no {config.network}: predict with its student")
     origin = {"run": run.url, "step": checkpoint.step, "network": config.network}
-    return origin, read_manifest(open_storage(trained["data"]["source"], storage)).taxonomy
+    return origin, trained_taxonomy(trained, storage)
 
 
 def read_exported(url: str, storage: StorageConfig) -> dict[str, Any]:

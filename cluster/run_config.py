@@ -16,7 +16,8 @@ import xxhash
 from cluster.checkpoint_format import FOLDER, Checkpoint, list_checkpoints
 from cluster.config import TrainConfig
 from cluster.manifest import read_manifest
-from cluster.storage import Storage, StorageError, open_storage
+from cluster.storage import Storage, StorageConfig, StorageError, open_storage
+from sepico.taxonomies import Taxonomy
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 CHANGEABLE = {
@@ -24,7 +25,7 @@ CHANGEABLE = {
     "hang_timeout", "log_every", "checkpoint_every", "keep_last", "keep_best", "fall_back",
     "panel_every", "profile", "storage", "validation", "data.cache", "data.cache_bytes",
     "data.threads", "data.prefetch", "engine.zero_stage", "engine.offload_optimizer",
-    "engine.deepspeed",
+    "engine.deepspeed", "taxonomy",
 }  # fmt: skip
 # Statistics and banks are kept from step 0 on, what is made of them counts from the start. The
 # teacher's threshold, for one, weighs the mix from step 0 on and is not among these.
@@ -42,9 +43,20 @@ def load_config(run: Storage) -> dict[str, Any]:
 
 
 def described(config: TrainConfig) -> dict[str, Any]:
-    """What a run's config.json says: the configuration, and the classes of its data."""
-    data = read_manifest(open_storage(config.data.source, config.storage))
-    return json.loads(json.dumps(asdict(config) | {"classes": data.taxonomy.names}))
+    """What a run's config.json says: the configuration, and the classes of its data.
+
+    A continuation is held to their names alone; runs of older versions have no "taxonomy".
+    """
+    taxonomy = read_manifest(open_storage(config.data.source, config.storage)).taxonomy
+    classes = {"classes": taxonomy.names, "taxonomy": taxonomy.to_dict()}
+    return json.loads(json.dumps(asdict(config) | classes))
+
+
+def trained_taxonomy(trained: dict[str, Any], storage: StorageConfig) -> Taxonomy:
+    """The classes of a run with this config.json; where it is an older one, by the run's data."""
+    if "taxonomy" in trained:
+        return Taxonomy.from_dict(trained["taxonomy"])
+    return read_manifest(open_storage(trained["data"]["source"], storage)).taxonomy
 
 
 def check_continuation(run: Storage, wanted: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.config import TrainConfig
 from cluster.data import DataConfig
-from cluster.run_config import described
+from cluster.run_config import check_continuation, described
 from cluster.storage import StorageConfig, open_storage
 from cluster.training import resolve, train
 from sepico.config import ModelConfig
@@ -40,6 +40,15 @@ def test_another_architecture_is_refused(begun):
     other = ModelConfig(encoder="tu-test_resnet", encoder_weights=None)
     with pytest.raises(ValueError, match=r"model.encoder = 'tu-test_efficientnet', now it is"):
         train(begun(model=other))
+
+
+def test_a_run_of_before_colours_were_kept_goes_on(begun):
+    config = resolve(begun())
+    run = open_storage(config.run, config.storage)
+    older = json.loads(run.get("config.json"))
+    del older["taxonomy"]
+    run.put("config.json", json.dumps(older).encode())
+    check_continuation(run, described(config))
 
 
 def test_data_whose_classes_became_others_are_refused(begun, folder, write_dataset, tmp_path):

@@ -1,6 +1,7 @@
 """`python -m jobs.export` on what `python -m jobs.train` left."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,8 +9,12 @@ import pytest
 import torch
 
 from cluster.evaluation import load_network
-from cluster.storage import StorageConfig
+from cluster.export import ExportConfig, export
+from cluster.manifest import read_manifest
+from cluster.prediction import PredictConfig, describe_network
+from cluster.storage import StorageConfig, open_storage
 from sepico.exported import load
+from sepico.taxonomies import Taxonomy
 from tests.jobs.training import run_job
 
 
@@ -23,6 +28,23 @@ def test_the_exported_network_answers_as_the_run_s(trained, tmp_path, network):
     expected, _ = load_network(str(run), StorageConfig(), network)(image)
     assert torch.equal(load(tmp_path)(image)[0], expected)
     assert len(json.loads((tmp_path / "config.json").read_text())["taxonomy"]["classes"]) == 5
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["data gone", "classes in the data alone"])
+def test_classes_and_colours_come_with_the_run(trained, tmp_path, older):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    if older:
+        del config["taxonomy"]
+    else:
+        config["data"]["source"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(config))
+    export(ExportConfig(run=str(run), to=str(tmp_path / "to")))
+    expected = read_manifest(open_storage(trained[1]["data.source"], StorageConfig())).taxonomy
+    taxonomy = json.loads((tmp_path / "to/config.json").read_text())["taxonomy"]
+    assert Taxonomy.from_dict(taxonomy) == expected
+    predicts = PredictConfig(images=".", to=str(tmp_path), run=str(run))
+    assert describe_network(predicts)[1] == expected
 
 
 def test_the_three_lines_need_neither_ray_nor_deepspeed(trained, tmp_path):
