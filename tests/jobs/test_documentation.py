@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
 from jobs.options import document
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +26,16 @@ def test_every_message_in_troubleshooting_is_one_of_the_code():
     for message in rows:
         for part in filter(None, map(str.strip, message.split("..."))):
             assert part in code, message
+
+
+def test_what_the_commands_write_beside_the_code_is_not_sent_with_a_job():
+    ignored = get_excludes_from_ignore_files(ROOT, include_gitignore=True)
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "".join(page.read_text() for page in pages)
+    places = {"runs", "demo", "exported", *re.findall(r"--to ([a-z][^\s:]*)\s", text)}
+    assert {"shards/day", "predictions"} <= places
+    for place in places:
+        assert any(matches(ROOT / place / "file") for matches in ignored), place
 
 
 def test_links_lead_somewhere():
