@@ -1,10 +1,12 @@
-"""`python -m jobs.evaluate --checkpoint FILE.pth`: the authors' weights on our data."""
+"""`python -m jobs.evaluate`: the authors' weights on our data, and which data are refused."""
 
 import json
+import shutil
 
 import pytest
 
 from cluster.evaluation import EvaluateConfig, evaluate
+from cluster.report import ReportConfig, check
 from cluster.storage import StorageConfig, open_storage
 from tests.conftest import NUM_CLASSES
 from tests.jobs.training import run_job
@@ -79,6 +81,23 @@ def test_images_of_several_sizes_to_adapt_to_are_refused_before_work_starts(
     write_dataset(mixed, open_storage(url, StorageConfig()), labels=False)
     options = {"checkpoint": str(checkpoint), "data": data["data.source"], "adapt_data": url}
     assert_refused({**options, "runs": str(tmp_path)}, [f"{url} differ in size", "--size"])
+
+
+def test_labels_with_the_classes_in_another_order_are_refused(
+    trained, folder, write_dataset, tmp_path
+):
+    classes = json.loads((folder / "classes.json").read_text())
+    one, three = (classes["classes"][i] for i in (1, 3))
+    one["name"], three["name"] = three["name"], one["name"]
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "classes.json").write_text(json.dumps(classes))
+    shards = str(tmp_path / "shards")
+    write_dataset(other, open_storage(shards, StorageConfig()))
+    run = str(trained[0])
+    with pytest.raises(ValueError, match=r"with 'class1' as class 1, .*shards has 'class3' there"):
+        evaluate(EvaluateConfig(run=run, data=shards))
+    with pytest.raises(ValueError, match="labelled with the runs' classes: class0, class1, "):
+        check(ReportConfig(run=[run], data=shards, to=str(tmp_path / "report.html")))
 
 
 def assert_refused(options: dict[str, str], words: list[str]) -> None:

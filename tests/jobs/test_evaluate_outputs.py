@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import zipfile
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from PIL import Image
 
 from cluster.evaluation import EvaluateConfig, evaluate
-from cluster.report import ReportConfig, check
 from cluster.storage import StorageConfig, open_storage
 from sepico.prediction import InferenceConfig
 
@@ -31,23 +29,6 @@ def test_worst_images_and_confusion_are_pictured_beside_the_report(trained):
     written = json.loads((folder.parent / f"{folder.name}.json").read_text())
     assert written == json.loads(json.dumps(report))
     assert report["inference"]["flip"] is True
-
-
-def test_labels_with_the_classes_in_another_order_are_refused(
-    trained, folder, write_dataset, tmp_path
-):
-    classes = json.loads((folder / "classes.json").read_text())
-    one, three = (classes["classes"][i] for i in (1, 3))
-    one["name"], three["name"] = three["name"], one["name"]
-    other = shutil.copytree(folder, tmp_path / "other")
-    (other / "classes.json").write_text(json.dumps(classes))
-    shards = str(tmp_path / "shards")
-    write_dataset(other, open_storage(shards, StorageConfig()))
-    run = str(trained[0])
-    with pytest.raises(ValueError, match=r"with 'class1' as class 1, .*shards has 'class3' there"):
-        evaluate(EvaluateConfig(run=run, data=shards))
-    with pytest.raises(ValueError, match="labelled with the runs' classes: class0, class1, "):
-        check(ReportConfig(run=[run], data=shards, to=str(tmp_path / "report.html")))
 
 
 def test_a_set_without_labels_becomes_the_submission_that_servers_take(trained):
