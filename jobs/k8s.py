@@ -56,7 +56,7 @@ class NamedJob:
 
 @dataclass
 class TrainJob(NamedJob):
-    """A training job.
+    """Trains on Kubernetes. `render` takes the same; `status`, `logs` and `stop` take NAME alone.
 
     Attributes:
         preset: What is trained: a preset, or a YAML file of the same path here and in the image.

@@ -15,6 +15,7 @@ from cluster.report import ReportConfig
 from cluster.sweep_config import SweepConfig
 from cluster.verification import VerifyConfig
 from jobs.demo import DemoConfig
+from jobs.k8s import TrainJob
 
 JOBS = {
     "jobs.ingest": IngestConfig,
@@ -25,6 +26,7 @@ JOBS = {
     "jobs.sweep": SweepConfig,
     "jobs.export": ExportConfig,
     "jobs.report": ReportConfig,
+    "jobs.k8s submit": TrainJob,
     "jobs.demo": DemoConfig,
 }
 HEAD = """# Options
@@ -41,7 +43,7 @@ def document() -> str:
     sections = [HEAD]
     for job, config in JOBS.items():
         said = parse_docstring(inspect.getdoc(config)).short_description
-        rows = _rows(config, "")
+        rows = _rows(config, "", words=" " in job)
         if TrainConfig in config.__mro__[1:]:
             said += " The options of `jobs.train` are its trials'; its own:"
             rows = [row for row in rows if row not in _rows(TrainConfig, "")]
@@ -51,8 +53,11 @@ def document() -> str:
     return "\n".join(sections)
 
 
-def _rows(config: type, prefix: str) -> list[str]:
-    """A row a field, those of nested configurations after the plain ones."""
+def _rows(config: type, prefix: str, *, words: bool = False) -> list[str]:
+    """A row a field, those of nested configurations after the plain ones.
+
+    With `words` those without a default are words of the command line, not flags.
+    """
     meanings = _meanings(config)
     plain, nested = [], []
     for field in dataclasses.fields(config):
@@ -61,7 +66,9 @@ def _rows(config: type, prefix: str) -> list[str]:
             nested += _rows(type(default), f"{prefix}{field.name}.")
         else:
             meaning = " ".join(meanings[field.name].split()).replace("|", "\\|")
-            plain.append(f"| `--{prefix}{field.name}` | {_shown(default)} | {meaning} |")
+            word = words and default is dataclasses.MISSING
+            option = field.name.upper() if word else f"--{prefix}{field.name}"
+            plain.append(f"| `{option}` | {_shown(default)} | {meaning} |")
     return plain + nested
 
 
