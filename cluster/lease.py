@@ -48,8 +48,9 @@ class Lease:
         """This writer's newest generation. Raises LeaseError if another writer took the run."""
         held = _newest(run)
         if held is None or held.lease.token != self.token:
-            taken = "by another writer" if held is None else f"by {held.lease.owner}"
-            raise LeaseError(f"{run.url} was taken over {taken}: this writer stops")
+            taken = held and f"was taken over by {held.lease.owner}"
+            gone = "has lost its lease, or the folder is gone"
+            raise LeaseError(f"{run.url} {taken or gone}: this writer stops")
         return held.lease
 
     def check(self, run: Storage) -> None:

@@ -1,6 +1,7 @@
 """One writer a run, whatever the store, whoever dies and however many try at once."""
 
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,14 @@ def test_an_expired_lease_is_taken_over_and_its_owner_is_fenced(run):
         with pytest.raises(LeaseError, match=f"taken over by {held.owner}"):
             old.renew(run)
         held.renew(run)
+
+
+def test_a_run_whose_folder_vanished_is_not_said_to_have_another_writer(tmp_path):
+    run = open_storage(str(tmp_path / "run"), StorageConfig())
+    lease = plant(run, time.time() + 20)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(LeaseError, match="has lost its lease, or the folder is gone"):
+        lease.renew(run)
 
 
 def test_a_live_lease_that_looks_expired_to_a_clock_ahead_is_refused(run):
