@@ -41,12 +41,14 @@ FIRST_PAUSE_S = 60
 class ShardCache:
     """Keeps shards in `folder`, `limit` bytes at most; the least recently read one goes first.
 
-    A folder that cannot be written to (a full disk) is a warning, once; from then on shards that
-    are not there are streamed.
+    A folder that cannot be written to (a full disk) is a call of `warn`, once; from then on shards
+    that are not there are streamed.
     """
 
-    def __init__(self, folder: str, limit: int) -> None:
-        self._folder, self._limit = Path(folder), limit
+    def __init__(
+        self, folder: str, limit: int, warn: Callable[[str], None] = warnings.warn
+    ) -> None:
+        self._folder, self._limit, self._warn = Path(folder), limit, warn
         self._downloads = ThreadPoolExecutor(1, thread_name_prefix="cache")
         self._asked: dict[Path, tuple[float, float]] = {}  # next time, pause after it
         self._lock = threading.Lock()
@@ -186,10 +188,7 @@ class ShardCache:
         with self._lock:
             if not self._closed.is_set():
                 self._closed.set()
-                warnings.warn(
-                    f"data.cache {self._folder}: {error.strerror}: samples are streamed",
-                    stacklevel=2,
-                )
+                self._warn(f"data.cache {self._folder}: {error.strerror}: samples are streamed")
 
 
 def _shortage(length: int) -> Callable[[pa.Buffer], str | None]:

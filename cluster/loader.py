@@ -6,7 +6,8 @@ Whatever finishes first, everything random in a batch comes from the position of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -86,9 +87,9 @@ class TrainLoader:
     Iterated again, it goes on with the step after the last one.
 
     `references` asks for the target's reference images; without `targets` no image of the target
-    is read, and the source's are the same.
-    Raises ValueError, in one line, for data that cannot fill such batches; a sample that cannot
-    be read is an error with its key when its batch is due.
+    is read, and the source's are the same. `warn` is called, from any thread, with why the cache
+    cannot be used. Raises ValueError, in one line, for data that cannot fill such batches; a sample
+    that cannot be read is an error with its key when its batch is due.
     """
 
     def __init__(
@@ -103,9 +104,10 @@ class TrainLoader:
         start_step: int = 0,
         targets: bool = True,
         references: bool = False,
+        warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         counters = ReadCounters()
-        self._cache = ShardCache(data.cache, data.cache_bytes) if data.cache else None
+        self._cache = ShardCache(data.cache, data.cache_bytes, warn) if data.cache else None
         options = {"cache": self._cache, "counters": counters}
         self._source = open_reader(data.source, storage, **options)
         self._target = open_reader(data.target, storage, references=references, **options)

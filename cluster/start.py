@@ -18,7 +18,7 @@ from cluster.engine import Engine, autocast_dtype, shard_teacher
 from cluster.lease import Lease, LeaseError
 from cluster.process_group import TIMEOUT
 from cluster.run_config import find_checkpoint
-from cluster.storage import Storage, open_storage
+from cluster.storage import AccessDeniedError, Storage, StorageError, open_storage
 from sepico.contrast import PixelContrast
 from sepico.network import build_blank, build_segmentor
 from sepico.normalization import set_batch_norm
@@ -38,18 +38,19 @@ class Start:
 def agree_on_start(config: TrainConfig, run: Storage, lease: Lease) -> Start:
     """Fence the groups before, clear up after them, and choose where to go on. A collective.
 
-    `lease` is the driver's. Raises LeaseError, on all ranks, where the run has another writer.
+    `lease` is the driver's. Raises on all ranks LeaseError, where the run has another writer, and
+    AccessDeniedError, where it may not be written.
     """
     dist.barrier()  # a rank 0 that was held up until its group was gone must not fence the next one
-    chosen: list[Start | LeaseError | None] = [None]
+    chosen: list[Start | StorageError | None] = [None]
     if dist.get_rank() == 0:
         try:
             chosen = [_begin(config, run, lease)]
-        except LeaseError as error:
+        except (LeaseError, AccessDeniedError) as error:
             chosen = [error]
     dist.broadcast_object_list(chosen)
     (start,) = chosen
-    if isinstance(start, LeaseError):
+    if isinstance(start, StorageError):
         raise start
     return start
 

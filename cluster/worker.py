@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from cluster.reader import LostSampleError
 from cluster.run_config import load_config
 from cluster.start import Start, agree_on_start, begin_state
 from cluster.step_metrics import StepMetrics
-from cluster.storage import Storage, open_storage
+from cluster.storage import AccessDeniedError, Storage, open_storage
 from cluster.telemetry import RunLog
 from cluster.training import Ended
 from cluster.watchdog import Watchdog
@@ -47,8 +48,9 @@ def train_worker(payload: dict[str, Any]) -> dict[str, float] | Ended:
     Runs on every worker of a Ray Train group; `payload` holds `config` (TrainConfig with absolute
     URLs and a resolved number of CPUs), `run_url`, `until` (the step to end after), `pauses` (steps
     to wait at), `lease` and `progress` (a ProgressActor). Returns the last validation's metrics, or
-    `Ended` of a run that diverged, that lost a sample, or that has another writer: Ray starts the
-    workers again after any error. Raises LeaseError where another writer took the run meanwhile.
+    `Ended` of a run that diverged, that lost a sample, that may not be written, or that has another
+    writer: Ray starts the workers again after any error. Raises LeaseError where another writer
+    took the run meanwhile.
     """
     config: TrainConfig = payload["config"]
     progress = payload["progress"]
@@ -59,12 +61,12 @@ def train_worker(payload: dict[str, Any]) -> dict[str, float] | Ended:
     with Watchdog(config.hang_timeout, run, dist.get_rank(), progress) as watchdog:
         try:
             start = agree_on_start(config, run, payload["lease"])
-        except LeaseError as error:
+        except (LeaseError, AccessDeniedError) as error:
             return Ended(str(error))
         trainer = _Trainer(config, device, run, start, progress, watchdog)
         try:
             return trainer.train(payload["until"], payload["pauses"])
-        except LostSampleError as error:
+        except (LostSampleError, AccessDeniedError) as error:
             # The others wait for this rank in a collective: only a new start ends all of them.
             ray.get(progress.end.remote(str(error)))
             raise
@@ -101,6 +103,7 @@ class _Trainer:
             start_step=self.start,
             targets=self.teacher is not None,
             references=config.teacher.day_night,
+            warn=self._warn_of_cache,
         )
         pixel_counts = torch.from_numpy(self.loader.source.pixel_counts.sum(axis=0))
         network = self.engine.module.module
@@ -116,7 +119,7 @@ class _Trainer:
             environment = describe_environment(device, self.world_size, config.cpus_per_worker)
             run.put(ENVIRONMENT, json.dumps(environment, indent=1).encode())
             origin = {"config": load_config(run), "versions": environment["versions"]}
-            self.log = RunLog(run, start.lease, self.start, self._warn)
+            self.log = RunLog(run, start.lease, self.start, self._warn_of_upload)
         self.checkpoints = CheckpointWriter(
             run,
             start.lease,
@@ -166,8 +169,13 @@ class _Trainer:
             )
         self.progress.event.remote("info", "workers", fields)
 
-    def _warn(self, message: str) -> None:
+    def _warn_of_upload(self, message: str) -> None:
         self.progress.event.remote("warning", "upload_failed", {"message": message})
+
+    def _warn_of_cache(self, message: str) -> None:
+        if ray.train.get_context().get_local_rank() == 0:  # one line a node
+            fields = {"node": socket.gethostname(), "message": message}
+            self.progress.event.remote("warning", "cache_off", fields)
 
     def _committed(self, checkpoint: Checkpoint) -> None:
         self.progress.committed.remote(checkpoint.step, checkpoint.prefix)

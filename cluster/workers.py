@@ -27,6 +27,7 @@ from cluster.elasticity import ResizeAfterCheckpoint
 from cluster.errors import WorkError
 from cluster.events import EVENTS
 from cluster.process_group import ProcessGroup
+from cluster.restarts import ShowRestarts, cause_of
 from cluster.storage import StorageConfig, pyarrow_filesystem
 from cluster.trial_groups import run_in_actor
 
@@ -166,8 +167,8 @@ def launch(
 
     Ray starts as many of an elastic range as there is room for, and starts the group again when
     that changes, once the workers have answered the run's ProgressActor, `progress`, with a
-    checkpoint. Returns rank 0's return value. Raises WorkError with the worker's own message for
-    bad data, RuntimeError for anything else.
+    checkpoint; it is told why a group that failed is started again. Returns rank 0's return value.
+    Raises WorkError with the worker's own message for bad data, RuntimeError for anything else.
     """
     filesystem, path = pyarrow_filesystem(folder, storage)
     parent, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
@@ -187,6 +188,7 @@ def launch(
             storage_path=parent,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            callbacks=[ShowRestarts(progress)] if progress else [],
         ),
     )
     trainer.progress = progress
@@ -196,15 +198,9 @@ def launch(
         trainer.abort()
         raise
     except ray.train.TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {})
-        if not failures:
-            raise RuntimeError(str(error)) from error
-        # Ray wraps what a worker raised; the others fail with it, in their collectives.
-        causes = [getattr(failure, "_base_exc", failure) for failure in failures.values()]
-        for cause in causes:
-            if isinstance(cause, ValueError):
-                raise WorkError(str(cause)) from error
-        raise RuntimeError(str(causes[0])) from error
+        cause = cause_of(error)
+        kind = WorkError if isinstance(cause, ValueError) else RuntimeError
+        raise kind(str(cause)) from error
 
 
 class _Trainer(DataParallelTrainer):

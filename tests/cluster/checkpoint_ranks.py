@@ -19,7 +19,14 @@ from cluster.checkpoint_format import (
 from cluster.config import EngineConfig, TrainConfig
 from cluster.lease import Lease, LeaseError
 from cluster.loss_scale import LossScale
-from cluster.storage import Patience, Storage, StorageConfig, StorageError, open_storage
+from cluster.storage import (
+    AccessDeniedError,
+    Patience,
+    Storage,
+    StorageConfig,
+    StorageError,
+    open_storage,
+)
 from sepico.schedule import ema_decay
 from sepico.step import AdaptationStep
 from tests.cluster.engine_ranks import (
@@ -146,8 +153,8 @@ def commit_late(folder: Path) -> None:
 
 def start_again(folder: Path) -> None:
     """Where each rank goes on when the last one's storage shows a checkpoint more, in which
-    precision on nodes that are alike and that differ, and what it says when another writer has the
-    run; rank 0 writes FOLDER/starts.json."""
+    precision on nodes that are alike and that differ, and what it says when rank 0 may not write
+    the run, and when another writer has it; rank 0 writes FOLDER/starts.json."""
     from cluster import start as starts
 
     rank = dist.get_rank()
@@ -163,13 +170,21 @@ def start_again(folder: Path) -> None:
     for of_nodes in (lambda _: torch.bfloat16, lambda _: fast):
         starts.autocast_dtype = of_nodes
         found.append(str(starts.agree_on_precision("auto")))
-    if rank == 0:
-        thief = Lease(9, "elsewhere", "other token")
-        run.put(thief.key, thief.document(0))
-    try:
-        starts.agree_on_start(TrainConfig(), run, lease)
-    except LeaseError as error:
-        found.append(str(error))
+
+    def deny(key: str, data: bytes) -> bool:
+        raise AccessDeniedError(f"{key}: access denied")
+
+    thief = Lease(9, "elsewhere", "other token")
+    for refuse in (
+        lambda: setattr(run, "create", deny),
+        lambda: run.put(thief.key, thief.document(0)),
+    ):
+        if rank == 0:
+            refuse()
+        try:
+            starts.agree_on_start(TrainConfig(), run, lease)
+        except (AccessDeniedError, LeaseError) as error:
+            found.append(str(error))
     of_ranks: list = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, found)
     if rank == 0:

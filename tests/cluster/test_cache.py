@@ -311,6 +311,18 @@ def _read_with_a_small_disk(url, folder):
     return [str(w.message) for w in caught if "data.cache" in str(w.message)], hits
 
 
+def test_a_loader_without_its_cache_tells_whom_it_was_told_to(url):
+    data = DataConfig(
+        url, url, crop_height=32, crop_width=40, rcs_min_pixels=60, cache="/proc/nocache"
+    )
+    told = []
+    loader = TrainLoader(
+        data, CONFIG, seed=3, global_batch=4, rank=0, world_size=1, warn=told.append
+    )
+    loader.close()
+    assert told == ["data.cache /proc/nocache: No such file or directory: samples are streamed"]
+
+
 def test_who_may_not_write_reads_the_cache_and_streams_what_is_damaged_in_it(url):
     with tempfile.TemporaryDirectory() as place, fork_context().Pool(1) as pool:
         shutil.copytree(url, f"{place}/data")

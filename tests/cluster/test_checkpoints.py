@@ -214,9 +214,10 @@ def test_ranks_agree_on_where_to_go_on_who_may_write_and_the_precision(tmp_path)
     run_ranks(run_rank, 2, str(tmp_path), "start_again", [()])
     first, second = json.loads((tmp_path / "starts.json").read_text())
     assert first == second
-    step, generation, alike, different, refusal = first
+    step, generation, alike, different, denial, refusal = first
     assert (step, generation) == (500, 2)
     assert (alike, different) == ("torch.bfloat16", "None")
+    assert "access denied" in denial
     assert "was taken over by elsewhere" in refusal
 
 

@@ -7,7 +7,8 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["cluster.progress", "cluster.process_group", "cluster.elasticity"]
+    "module",
+    ["cluster.progress", "cluster.process_group", "cluster.elasticity", "cluster.restarts"],
 )
 def test_what_the_actors_beside_a_group_import_holds_no_torch(module):
     code = f"import {module}, sys; print('torch' in sys.modules)"

@@ -52,6 +52,7 @@ class _Fault:
             "backward": (Segmentor, "forward", self._kill_in_backward),
             "all-reduce": (dist, "all_reduce", self._kill_in_all_reduce),
             "checkpoint": (Storage, "put", self._kill_in_write),
+            "denied": (Storage, "put", self._deny),
             "hang": (Segmentor, "forward", self._stop),
             "node": (Segmentor, "forward", self._kill_node),
         }
@@ -95,6 +96,13 @@ class _Fault:
             # ignores that signal, and lets only the main thread change it.
             ctypes.CDLL(None).signal(int(signal.SIGXFSZ), int(signal.SIG_DFL))
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(data) // 2, -1))
+        original(storage, key, data)
+
+    def _deny(self, original: Callable, storage: Any, key: str, data: bytes) -> None:
+        from cluster.storage import AccessDeniedError
+
+        if self.fired.exists() or (key.startswith("checkpoints/") and self._fire()):
+            raise AccessDeniedError(f"{key}: access denied")
         original(storage, key, data)
 
     def _stop(self, original: Callable, *args: Any, **options: Any) -> Any:

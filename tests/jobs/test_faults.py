@@ -1,5 +1,6 @@
 """Faults of real processes in mid-run: the run ends as if it had never met one."""
 
+import json
 import os
 import re
 import subprocess
@@ -47,13 +48,31 @@ def several_nodes(nodes, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["all-reduce", "checkpoint", "forward", "backward"])
 def test_a_worker_killed_in_mid_work_costs_only_time(fault, trained, tmp_path):
-    check_a_fault(fault, trained, tmp_path)
+    shown = check_a_fault(fault, trained, tmp_path)
+    print(*(line for line in shown.splitlines() if "restarted" in line))
+    assert '"event": "restarted"' in shown
 
 
 @pytest.mark.slow
 def test_a_lost_node_costs_only_time(nodes, trained, tmp_path):
     nodes.add_node(num_cpus=1)  # one to spare
     check_a_fault("node", trained, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_may_not_be_written_ends_with_what_refused_it(trained, tmp_path):
+    options = {**trained[1], "runs": str(tmp_path), "data.cache": "/proc/nocache"}
+    words = command("tests.jobs.faults", options)
+    words[3:3] = ["denied", str(tmp_path)]
+    job = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert job.returncode == 1
+    *events, error = job.stderr.splitlines()
+    assert re.fullmatch(r"error: run \S+/first: checkpoints/\S+: access denied", error)
+    events = [json.loads(line) for line in events if line.startswith("{")]
+    (restarted,) = (event for event in events if event["event"] == "restarted")
+    assert restarted["message"] in error
+    uncached = [event["message"] for event in events if event["event"] == "cache_off"]
+    assert uncached and "/proc/nocache: No such file or directory: samples are" in uncached[0]
 
 
 @pytest.mark.slow
