@@ -126,14 +126,13 @@ def _train_drawn(
     plan: Plan, search: SearchConfig, concurrent: int, options: dict[str, Any]
 ) -> None:
     """Optuna's TPE draws points; those of a sweep that is continued come first."""
-    own = {key.name: value_of(plan.base, key.name) for key in plan.space.keys}
-    known = [own | record.point for record in _trials_of(plan)]
+    known = [plan.space.whole(record.point, plan.base) for record in _trials_of(plan)]
     options |= {
         "num_samples": search.trials,
         "max_concurrent_trials": concurrent,
         "search_alg": OptunaSearch(
             seed=plan.base.seed,
-            points_to_evaluate=known,
+            points_to_evaluate=[point for point in known if point is not None],
         ),
     }
     progress = Progress(plan, search.algorithm, search.trials, concurrent)

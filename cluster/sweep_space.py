@@ -56,6 +56,11 @@ class Key:
         low, high = self.arguments[:2]
         return [low, high - 1 if "randint" in self.distribution else high]
 
+    def has(self, value: Any) -> bool:
+        """Whether it can be drawn."""
+        ends = self.extremes()
+        return value in ends if self.distribution == "choice" else ends[0] <= value <= ends[1]
+
 
 @dataclass(frozen=True)
 class Space:
@@ -70,11 +75,22 @@ class Space:
         """The point without the keys that do not exist in it, and without the base's own values."""
         cut: Point = {}
         for key in self.keys:
-            known = {name: cut.get(name, value_of(base, name)) for name in key.when}
-            exists = all(known[name] in values for name, values in key.when.items())
+            exists = _exists(key, cut, base)
             if exists and key.name in point and point[key.name] != value_of(base, key.name):
                 cut[key.name] = point[key.name]
         return cut
+
+    def whole(self, point: Point, base: TrainConfig) -> Point | None:
+        """Values of all keys that `cut` makes this point of; None if the space cannot draw it."""
+        whole: Point = {}
+        for key in self.keys:
+            value = point.get(key.name, value_of(base, key.name))
+            if not key.has(value):
+                if _exists(key, point, base):
+                    return None
+                value = key.extremes()[0]  # any: it is cut away
+            whole[key.name] = value
+        return whole
 
     def grid(self, base: TrainConfig) -> list[Point]:
         """All combinations of choices. Raises ValueError if a key has a continuous distribution."""
@@ -98,6 +114,11 @@ class Space:
             return self.cut(_plain(values), base)
 
         return list(itertools.islice(_distinct(draw() for _ in range(20 * count)), count))
+
+
+def _exists(key: Key, point: Point, base: TrainConfig) -> bool:
+    known = {name: point.get(name, value_of(base, name)) for name in key.when}
+    return all(known[name] in values for name, values in key.when.items())
 
 
 def parse_space(text: str, base: TrainConfig) -> Space:

@@ -3,6 +3,7 @@
 from importlib.resources import files
 
 import pytest
+from ray.tune.search.optuna import OptunaSearch
 
 from cluster.config import TrainConfig
 from cluster.sweep_space import Space, parse_space, with_values
@@ -38,6 +39,22 @@ def test_the_same_seed_draws_the_same_points():
     space = parse_space("contrast.temperature: {loguniform: [0.05, 300]}", TrainConfig())
     first, second, other = (space.sample(5, seed, TrainConfig()) for seed in (1, 1, 2))
     assert first == second != other
+
+
+def test_optuna_takes_up_the_points_of_the_default_space_that_were_drawn_before():
+    base = TrainConfig()  # without the projections that stage_weights are for
+    text = files("jobs").joinpath("spaces", "contrast.yaml").read_text()
+    space = parse_space(text, base)
+    drawn = [{}, *space.sample(4, seed=1, base=base)]
+    search = OptunaSearch(points_to_evaluate=[space.whole(point, base) for point in drawn])
+    search.set_search_properties("student_miou", "max", space.domains())
+    assert [space.cut(search.suggest(str(i)), base) for i in range(5)] == drawn
+
+
+def test_a_point_that_a_space_cannot_draw_has_no_whole():
+    space = parse_space("contrast.weight: {choice: [0.5, 2.0]}", TrainConfig())
+    assert space.whole({}, TrainConfig()) is None  # the own weight is 1
+    assert space.whole({"contrast.weight": 2.0}, TrainConfig()) == {"contrast.weight": 2.0}
 
 
 def test_no_more_points_are_drawn_than_are_asked_for_where_all_differ(monkeypatch):
