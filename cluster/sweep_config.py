@@ -80,7 +80,8 @@ def make_plan(base: TrainConfig, search: SearchConfig, text: str) -> Plan:
         raise ValueError("a sweep takes no fork, and a fixed number of workers for each trial")
     base = resolve(replace(base, workers=base.worker_range.max))
     space = parse_space(text, base)
-    _check_objective(base, search.objective)
+    for method in sorted(_methods(base, space)):
+        _check_objective(replace(base, method=method), search.objective)
     beyond = {key.name for key in space.keys} - PERTURBABLE
     if beyond and search.algorithm == "pbt":
         raise ValueError(
@@ -130,13 +131,16 @@ def _stops(base: TrainConfig, search: SearchConfig) -> list[int]:
 
 def _widest(base: TrainConfig, space: Space) -> Point:
     """What a warm-up has to keep so that all trials can fork from it."""
-    methods, lengths = {base.method}, [base.contrast.bank_length]
+    methods, lengths = _methods(base, space), [base.contrast.bank_length]
     for key in space.keys:
-        methods |= set(key.extremes()) if key.name == "method" else set()
         lengths += key.extremes() if key.name == "contrast.bank_length" else []
     if "bankcl" in methods:
         return {"method": "bankcl", "contrast.bank_length": max(lengths)}
     return {"method": min(methods - {"source_only"} or methods)}
+
+
+def _methods(base: TrainConfig, space: Space) -> set[str]:
+    return {base.method}.union(*(key.arguments for key in space.keys if key.name == "method"))
 
 
 def _check_objective(base: TrainConfig, objective: str) -> None:
@@ -144,8 +148,8 @@ def _check_objective(base: TrainConfig, objective: str) -> None:
     known = [f"{network}_{measure}" for network in networks for measure in MEASURES]
     if objective not in known:
         raise ValueError(
-            f"search.objective {objective!r} is reported by no trial: give one of "
-            f"{', '.join(known)}"
+            f"search.objective {objective!r} is reported by no trial of method {base.method}: "
+            f"give one of {', '.join(known)}"
         )
     if not base.validation.data:
         raise ValueError("validation.data is not set: a sweep measures its trials on it")

@@ -21,8 +21,14 @@ import yaml
 from ray import tune
 
 from cluster.config import TrainConfig
+from cluster.run_config import CHANGEABLE
 
 Point = dict[str, Any]
+# How a trial computes, and what decides where it is measured and where it leaves the warm-up.
+SHARED = CHANGEABLE | {
+    "fork", "seed", "contrast.start", "optimization.iterations", "optimization.global_batch",
+    "optimization.reference_batch",
+}  # fmt: skip
 DISTRIBUTIONS = (
     "choice", "uniform", "quniform", "loguniform", "qloguniform",
     "randint", "qrandint", "lograndint", "qlograndint",
@@ -129,21 +135,37 @@ def parse_space(text: str, base: TrainConfig) -> Space:
         raise ValueError(f"space: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict) or not found:
         raise ValueError("space: give keys of the configuration, each with {DISTRIBUTION: [...]}")
-    keys = [_parse_key(name, entry, base) for name, entry in found.items()]
-    keys.sort(key=lambda key: bool(key.when))
+    keys = _ordered([_parse_key(str(name), entry, base) for name, entry in found.items()])
     for key in keys:
         key.domain()
-        setting = {name: values[0] for name, values in key.when.items()}
-        for value in key.extremes():
+        for value, *others in itertools.product(key.extremes(), *key.when.values()):
             try:
-                with_values(base, setting | {key.name: value})
+                with_values(base, dict(zip(key.when, others, strict=True)) | {key.name: value})
             except ValueError as error:
                 raise ValueError(f"space: {key.name} can be {value!r}: {error}") from None
     return Space(keys)
 
 
+def _ordered(keys: list[Key]) -> list[Key]:
+    """Those that a `when` names before those that have it."""
+    left, ordered = sorted(keys, key=lambda key: bool(key.when)), []
+    while left:
+        waiting = {key.name for key in left}
+        ready = [key for key in left if not waiting & key.when.keys()]
+        if not ready:
+            raise ValueError(f"space: {left[0].name}: its `when` depends on itself: leave one out")
+        ordered += ready
+        left = [key for key in left if key not in ready]
+    return ordered
+
+
 def _parse_key(name: str, entry: Any, base: TrainConfig) -> Key:
     value_of(base, name)
+    if any(name == key or name.startswith(f"{key}.") for key in SHARED):
+        raise ValueError(
+            f"space: {name} is one for all trials: leave it out, and set it by --{name} (further "
+            "seeds by --search.seeds)"
+        )
     options = dict(entry) if isinstance(entry, dict) else {}
     when = options.pop("when", {})
     if len(options) != 1 or not set(options) <= set(DISTRIBUTIONS):
@@ -154,9 +176,20 @@ def _parse_key(name: str, entry: Any, base: TrainConfig) -> Key:
     (distribution, arguments), *_ = options.items()
     if not isinstance(arguments, list) or not arguments:
         raise ValueError(f"space: {name}: {distribution} needs a list, not {arguments!r}")
-    for other in when:
+    texts = [argument for argument in arguments if isinstance(argument, str)]
+    if texts and distribution != "choice":
+        raise ValueError(
+            f"space: {name}: {distribution} takes numbers, {texts[0]!r} is a text: YAML needs the "
+            "point in 1.0e-5"
+        )
+    if not isinstance(when, dict) or [] in when.values():
+        raise ValueError(
+            f"space: {name}: when is {when!r}: give values of other keys, as in "
+            "{method: [bankcl]}"
+        )
+    lists = {str(k): v if isinstance(v, list) else [v] for k, v in when.items()}
+    for other in lists:
         value_of(base, other)
-    lists = {k: v if isinstance(v, list) else [v] for k, v in when.items()}
     return Key(name, distribution, arguments, lists)
 
 

@@ -1,5 +1,6 @@
 """Spaces: what they allow, draw and refuse."""
 
+import itertools
 from importlib.resources import files
 
 import pytest
@@ -33,6 +34,17 @@ def test_a_conditional_key_exists_only_beside_its_value():
         {"method": "bankcl", "contrast.bank_length": 50},
         {"method": "bankcl", "contrast.bank_length": 100},
     ]
+
+
+def test_a_key_may_depend_on_one_that_depends_on_a_third_whatever_their_order():
+    lines = [
+        "contrast.weight: {choice: [0.5], when: {contrast.bank_length: [50]}}",
+        *CONDITIONAL.strip().splitlines(),
+    ]
+    base = TrainConfig()
+    spaces = (parse_space("\n".join(order), base) for order in itertools.permutations(lines))
+    deepest = {"method": "bankcl", "contrast.bank_length": 50, "contrast.weight": 0.5}
+    assert all(deepest in space.grid(base) for space in spaces)
 
 
 def test_the_same_seed_draws_the_same_points():
@@ -78,7 +90,22 @@ def test_no_more_points_are_drawn_than_are_asked_for_where_all_differ(monkeypatc
         ("method: {choice: [distcl, dist]}", ["method can be 'dist'", "distcl"]),
         ("contrast.bank_length: {uniform: [1.0, 9.0]}", ["bank_length is 1.0", "int"]),
         ("contrast.stage_weights: {choice: [[1, 2]]}", ["stage_weights", "per_layer"]),
-        ("workers: {choice: [3]}", ["workers can be 3", "not divisible"]),
+        ("workers: {choice: [2]}", ["workers is one for all trials", "--workers"]),
+        ("seed: {choice: [1, 2]}", ["seed is one for all trials", "--search.seeds"]),
+        ("contrast.start: {choice: [10]}", ["contrast.start is one for all trials"]),
+        ("optimization.iterations: {choice: [10]}", ["optimization.iterations is one for all"]),
+        ("validation.data: {choice: [a]}", ["validation.data is one for all trials"]),
+        ("3: {choice: [1]}", ["no key '3'"]),
+        ("contrast.weight: {choice: [1.0], when: {method: []}}", ["contrast.weight", "when is"]),
+        ("contrast.weight: {choice: [1.0], when: [method]}", ["contrast.weight", "when is"]),
+        ("contrast.weight: {choice: [1.0], when: null}", ["contrast.weight", "when is None"]),
+        ("contrast.weight: {choice: [1.0], when: {3: [1]}}", ["no key '3'"]),
+        (
+            "contrast.weight: {choice: [1.0], when: {method: [bankcl, bnkcl]}}",
+            ["contrast.weight", "method is 'bnkcl'"],
+        ),
+        ("optimization.lr: {loguniform: [1e-5, 0.1]}", ["optimization.lr", "'1e-5'", "1.0e-5"]),
+        ("{method: {choice: [bankcl], when: {method: [bankcl]}}}", ["method", "itself"]),
         ("contrast.temperature: {uniform: [", ["not YAML"]),
         ("{}", ["give keys of the configuration"]),
     ],

@@ -298,6 +298,11 @@ def test_the_run_of_a_member_that_took_over_another_is_noted_as_replaced(fast, d
     ("changed", "space", "words"),
     [
         ({"search.objective": "student_iou"}, SPACE, ["'student_iou'", "no trial", "student_miou"]),
+        (
+            {"search.objective": "teacher_miou"},
+            "method: {choice: [source_only, distcl]}",
+            ["'teacher_miou'", "no trial of method source_only"],
+        ),
         ({"validation.data": ""}, SPACE, ["validation.data is not set"]),
         ({"workers": "4", "cpus_per_worker": "1"}, SPACE, ["workers: 4", "2 CPU", "--workers"]),
         ({"search.algorithm": "pbt"}, "method: {choice: [protocl]}", ["method", "mid-run"]),
