@@ -71,11 +71,14 @@ class Checkpoint:
         return f"{FOLDER}/step-{self.step:08d}-{self.generation}"
 
 
-def list_checkpoints(storage: Storage) -> list[Checkpoint]:
-    """Complete checkpoints of a run, oldest first. Raises DamagedCheckpointError."""
-    found = []
+def list_checkpoints(storage: Storage, *, skip_damaged: bool = False) -> list[Checkpoint]:
+    """Complete checkpoints of a run, oldest first. Raises DamagedCheckpointError.
+
+    With `skip_damaged` those without a readable manifest are left out, and to `check_newest`.
+    """
+    found, skipped = [], (DamagedCheckpointError,) if skip_damaged else ()
     for key in complete_manifests(storage):
-        with suppress(MissingObjectError):  # a training may delete it after the listing
+        with suppress(MissingObjectError, *skipped):  # a training may delete it after the listing
             found.append(_read(storage, key))
     return found
 
@@ -143,7 +146,7 @@ def check_newest(storage: Storage, *, fall_back: bool) -> Checkpoint | None:
         try:
             checkpoint = _read(storage, key)
             if newest is None:
-                _check_files(storage, checkpoint)
+                check_files(storage, checkpoint)
                 newest = checkpoint
         except DamagedCheckpointError as error:
             complete = [other for other in complete if other != key]
@@ -159,7 +162,8 @@ def check_newest(storage: Storage, *, fall_back: bool) -> Checkpoint | None:
     return newest
 
 
-def _check_files(storage: Storage, checkpoint: Checkpoint) -> None:
+def check_files(storage: Storage, checkpoint: Checkpoint) -> None:
+    """Read all files; DamagedCheckpointError names one that is missing or damaged."""
     with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(partial(read_content, storage, checkpoint), checkpoint.files):
             pass

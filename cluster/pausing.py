@@ -63,7 +63,7 @@ class PausingTraining:
         arrive = self._pauses.progress.arrive
         try:
             while not self._ends.is_set():
-                done = list_checkpoints(run)
+                done = list_checkpoints(run, skip_damaged=True)
                 if done:
                     arrive.remote(done[-1].step)
                 if done and done[-1].step >= self._until:

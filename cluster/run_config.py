@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from cluster.checkpoint_format import FOLDER, Checkpoint, list_checkpoints
+from cluster.checkpoint_format import FOLDER, Checkpoint, check_files, list_checkpoints
 from cluster.config import TrainConfig
 from cluster.manifest import read_manifest
 from cluster.storage import Storage, StorageConfig, StorageError, open_storage
@@ -72,7 +72,7 @@ def check_continuation(run: Storage, wanted: dict[str, Any]) -> None:
 
 def check_fork(config: TrainConfig, wanted: dict[str, Any]) -> None:
     """Raise ValueError unless `config.fork` is a checkpoint that this run may begin from."""
-    run, _ = find_checkpoint(config)
+    run, checkpoint = find_checkpoint(config)
     parent = load_config(run)
     changed = differences(parent, wanted, CHANGEABLE | FORKABLE | {"fork"})
     for key, (old, new) in changed.items():
@@ -81,6 +81,7 @@ def check_fork(config: TrainConfig, wanted: dict[str, Any]) -> None:
             f"acts before the contrast's start: of a fork only {', '.join(sorted(FORKABLE))} "
             "may differ"
         )
+    check_files(run, checkpoint)
     methods = {parent["method"], config.method}
     if len(methods) == 2 and "source_only" in methods:
         raise ValueError(f"fork {config.fork}: source_only has no teacher to go on with or without")

@@ -9,9 +9,10 @@ from typing import Any
 import ray
 from ray import tune
 
-from cluster.storage import open_storage
+from cluster.storage import MissingObjectError, open_storage
 from cluster.sweep_records import FAILED, STOPPED, Record, finish_record, read_record
 from cluster.sweep_space import Point
+from cluster.sweep_trainables import first_name
 from cluster.sweep_trial import Plan
 from cluster.trial_groups import remove_lost_groups
 
@@ -60,11 +61,12 @@ class Progress(tune.Callback):
 
     def _end(self, trial: Any, status: str, reason: str) -> None:
         self._ended.add(trial.trial_id)
-        if name := self._names.get(trial.trial_id):
+        name = self._names.get(trial.trial_id) or first_name(trial.config, self._plan)
+        with suppress(MissingObjectError):  # lost before it wrote its record
             store = open_storage(self._plan.url, self._plan.base.storage)
             finish_record(store, name, status, reason)
-        elif status == FAILED:
-            self._print(f"a trial failed: {reason}")
+        if status == FAILED:
+            self._print(f"{name} failed: {reason}")
 
     def _beats(self, value: float) -> bool:
         if self._best is None:

@@ -14,7 +14,16 @@ from typing import Any
 from ray import tune
 
 from cluster.storage import open_storage
-from cluster.sweep_records import FAILED, REPLACED, RUNNING, STOPPED, finish_record, read_records
+from cluster.sweep_records import (
+    FAILED,
+    REPLACED,
+    RUNNING,
+    STOPPED,
+    finish_record,
+    read_records,
+    trial_name,
+)
+from cluster.sweep_space import Point
 from cluster.sweep_trial import Plan, Trial
 
 FORK = "fork.json"
@@ -41,8 +50,7 @@ class TrialTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         plan = self._plan
         if self._trial is None:
-            drawn = plan.space.cut(self._parameters, plan.base), plan.base.seed
-            self._trial = Trial(plan, *self._parameters.get("trial", drawn))
+            self._trial = Trial(plan, *_trial(self._parameters, plan))
             measured = self._trial.record.measured
             reached = max(map(int, measured), default=0)
             # One that was trained to the end from an early rung has no answer for those between.
@@ -75,6 +83,19 @@ class TrialTrainable(tune.Trainable):
             self._trial = None
 
 
+def _trial(parameters: dict[str, Any], plan: Plan) -> tuple[Point, int]:
+    drawn = plan.space.cut(parameters, plan.base), plan.base.seed
+    return parameters.get("trial", drawn)
+
+
+def first_name(parameters: dict[str, Any], plan: Plan) -> str:
+    """Name of the record that a trial begins with."""
+    if member := parameters.get("member"):
+        point = plan.space.cut(member["point"], plan.base)
+        return trial_name(point, plan.base.seed, member["fork"])
+    return trial_name(*_trial(parameters, plan))
+
+
 def run_member(parameters: dict[str, Any], plan: Plan) -> None:
     """Tune's trainable for population-based training: a chain of runs.
 
@@ -96,6 +117,10 @@ def run_member(parameters: dict[str, Any], plan: Plan) -> None:
                 fork = record.fork  # its own: it was only paused
             elif record.status == RUNNING and record.run != state["run"]:
                 finish_record(sweep, record.name, REPLACED, f"took over {state['run']}")
+        if fork is None:
+            raise ValueError(
+                f"{state['run']} has no checkpoint of step {done} to take over any more"
+            )
     trial = Trial(plan, point, plan.base.seed, fork, name)
     for i, step in enumerate(plan.stops):
         if step <= done:
@@ -105,7 +130,9 @@ def run_member(parameters: dict[str, Any], plan: Plan) -> None:
             # Tune leaves NaN out of a population; the worst takes over the state of the best.
             metrics = {plan.objective: -math.inf if plan.mode == "max" else math.inf}
         with tempfile.TemporaryDirectory() as folder:
-            state = {"fork": trial.checkpoint(step), "step": step, "run": trial.record.run}
+            # Null where a continued sweep's member has trained on since, and keeps it no more.
+            fork = "" if trial.record.status == FAILED else trial.checkpoint(step) or None
+            state = {"fork": fork, "step": step, "run": trial.record.run}
             Path(folder, FORK).write_text(json.dumps(state))
             metrics |= {"name": trial.record.name, "budget": i + 1}
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))

@@ -18,7 +18,7 @@ from cluster.checkpoint_format import list_checkpoints
 from cluster.config import TrainConfig, ValidationConfig
 from cluster.pausing import PausingTraining
 from cluster.run_config import FORKABLE, METRICS, prefix_digest
-from cluster.storage import MissingObjectError, open_storage
+from cluster.storage import MissingObjectError, Storage, open_storage
 from cluster.sweep_records import (
     FAILED,
     FINISHED,
@@ -83,8 +83,10 @@ class Trial:
                 measured = {str(step): self._measured(step)}
                 finished = step == self._config.optimization.steps
                 self._note(measured, status=FINISHED if finished else RUNNING)
-            except (ValueError, RuntimeError) as error:
-                self._note(status=FAILED, reason=" ".join(str(error).split()))
+            except Exception as error:
+                shown = isinstance(error, ValueError | RuntimeError | OSError)
+                reason = str(error) if shown else repr(error)
+                self._note(status=FAILED, reason=" ".join(reason.split()))
             if step == stops[-1]:
                 self._training = None
         return {self._plan.objective: math.nan, **self.record.measured.get(str(step), {})}
@@ -103,7 +105,7 @@ class Trial:
         self.record.write(self._sweep)
 
     def _train(self, step: int, stops: list[int]) -> None:
-        done = list_checkpoints(self._run)
+        done = list_checkpoints(self._run, skip_damaged=True)
         if done and done[-1].step >= step:
             return
         if self._training is None:
@@ -118,9 +120,8 @@ class Trial:
             self._note()
 
     def checkpoint(self, step: int) -> str:
-        """URL of the run's checkpoint after `step` steps; empty if it has none."""
-        found = [known for known in list_checkpoints(self._run) if known.step == step]
-        return f"{self._run.url}/{found[-1].prefix}" if found else ""
+        """URL of the run's checkpoint of a step; empty if there is none."""
+        return _checkpoint(self._run, step)
 
     def _measured(self, step: int) -> dict[str, float]:
         """The validation after `step` steps, from the run's metrics."""
@@ -146,7 +147,7 @@ class Trial:
         self.record.warm_up = f"prefix-{digest}"
         run = open_storage(shared.run, shared.storage)
         seconds = 0.0
-        if not any(checkpoint.step == plan.start for checkpoint in list_checkpoints(run)):
+        if not _checkpoint(run, plan.start):
             training = PausingTraining(shared, [plan.start])
             training.train_to(plan.start)
             seconds = training.take_worker_seconds()
@@ -154,5 +155,10 @@ class Trial:
             Record(
                 f"prefix-{digest}", shared.run, kept, config.seed, WARM_UP, worker_seconds=seconds
             ).write(self._sweep)
-        (checkpoint,) = (c for c in list_checkpoints(run) if c.step == plan.start)
-        return f"{run.url}/{checkpoint.prefix}"
+        return _checkpoint(run, plan.start)
+
+
+def _checkpoint(run: Storage, step: int) -> str:
+    """URL of a run's checkpoint of a step; empty if there is none."""
+    found = list_checkpoints(run, skip_damaged=True)
+    return next((f"{run.url}/{c.prefix}" for c in reversed(found) if c.step == step), "")

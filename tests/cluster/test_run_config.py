@@ -74,6 +74,14 @@ def test_a_fork_names_a_checkpoint_that_is_not_there(fork):
         check(configure(missing))
 
 
+def test_a_fork_from_a_damaged_checkpoint_names_the_file(fork):
+    run = open_storage(fork.rpartition("/checkpoints/")[0], StorageConfig())
+    checkpoint = Checkpoint(30, 1, 1, 1, {}, {}, files={"student-00000.safetensors": "0" * 16})
+    run.put(f"{checkpoint.prefix}/{MANIFEST}", json.dumps(asdict(checkpoint)).encode())
+    with pytest.raises(ValueError, match=r"student-00000.safetensors is damaged"):
+        check(configure(fork))
+
+
 def test_runs_share_a_warm_up_if_they_differ_in_nothing_that_acts_in_it():
     base = prefix_digest(configure())
     assert prefix_digest(configure(contrast__temperature=0.1, workers=2, run="other")) == base
