@@ -128,9 +128,10 @@ def response(ranking: Ranking, key: Key) -> str:
         for entry in ranking.entries
         if entry.complete
     )
-    x, y, spread = zip(*repeated, strict=True)
-    label = f"mean and spread of {len(ranking.seeds)} seed(s), to the end"
-    axes.errorbar(x, y, spread, fmt="o-", color=BLUE, capsize=3, label=label)
+    if repeated:
+        x, y, spread = zip(*repeated, strict=True)
+        label = f"mean and spread of {len(ranking.seeds)} seed(s), to the end"
+        axes.errorbar(x, y, spread, fmt="o-", color=BLUE, capsize=3, label=label)
     if "log" in key.distribution:
         axes.set_xscale("log")
     axes.axvline(own, color=ORANGE, linestyle="--", linewidth=0.8, label="the sweep's own value")

@@ -18,8 +18,10 @@ _OF_A_RUN = ("run", "runs", "fork")
 
 
 def write_results(ranking: Ranking, sweep: Storage) -> None:
-    """trials.csv, best.yaml, report.html and tensorboard/, in the sweep's folder."""
+    """trials.csv, and if a trial came to its end best.yaml, report.html and tensorboard/."""
     sweep.put("trials.csv", trials_csv(ranking))
+    if ranking.best is None:
+        return
     sweep.put("best.yaml", best_preset(ranking).encode())
     sweep.put("report.html", write_report(ranking).encode())
     with tempfile.TemporaryDirectory(prefix="hparams-") as folder:

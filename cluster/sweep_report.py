@@ -104,9 +104,9 @@ def _class_ious(ranking: Ranking) -> str:
     plan, default = ranking.plan, ranking.default
     data = plan.base.validation.data
     labelled = read_manifest(open_storage(data, plan.base.storage)).labelled
-    if not labelled or default is None or not default.complete:
-        return ""
     groups = {"best": ranking.best, "the sweep's own": default}
+    if not labelled or not all(entry and entry.complete for entry in groups.values()):
+        return ""
     tasks = [
         task
         for entry in groups.values()

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 
+from cluster.errors import WorkError
 from cluster.sweep_progress import describe
-from cluster.sweep_records import FINISHED, Record
+from cluster.sweep_records import FAILED, FINISHED, Record
 from cluster.sweep_space import Key, Point, value_of
 from cluster.sweep_trial import Plan
 
@@ -21,17 +22,17 @@ class Entry:
 
     point: Point
     records: dict[int, Record]
-    values: list[float]  # objective at the last step, of each seed that got there
+    values: dict[int, float]  # objective at the last step, of each seed that got there
     complete: bool  # on all seeds
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.values) if self.values else math.nan
+        return statistics.fmean(self.values.values()) if self.values else math.nan
 
     @property
     def spread(self) -> float:
         """Sample standard deviation over seeds, NaN of one."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,25 @@ class Ranking:
     records: list[Record]
 
     @property
-    def best(self) -> Entry:
-        return self.entries[0]
+    def best(self) -> Entry | None:
+        """None if nothing was trained to the end."""
+        return next((entry for entry in self.entries if entry.values), None)
 
     @property
     def default(self) -> Entry | None:
         """The configuration that the sweep began with."""
         return next((entry for entry in self.entries if not entry.point), None)
+
+    def check(self) -> None:
+        """Raise WorkError, in one line, unless the best was trained to the end on all seeds."""
+        if self.best and self.best.complete:
+            return
+        found = f"no trial came to its end with a {self.plan.objective}"
+        if self.best:
+            missing = ", ".join(str(seed) for seed in self.seeds if seed not in self.best.values)
+            found = f"the best, {describe(self.best.point)}, did not come to its end on {missing}"
+        reasons = sorted({r.reason for r in self.records if r.is_trial and r.status == FAILED})
+        raise WorkError(": ".join([f"sweep {self.plan.url}", found, *filter(None, reasons)]))
 
 
 def candidates(records: list[Record], plan: Plan) -> list[Point]:
@@ -75,32 +88,28 @@ def candidates(records: list[Record], plan: Plan) -> list[Point]:
 
 
 def rank(records: list[Record], plan: Plan, seeds: list[int]) -> Ranking:
-    """Rank what was trained to the end on all seeds by the mean, the rest behind it.
-
-    Raises ValueError where nothing was.
-    """
+    """Rank by the number of seeds that were trained to the end, then by the mean over these."""
     trials = [record for record in records if record.is_trial and not record.member]
     by_point: dict[str, list[Record]] = {}
     for record in trials:
         by_point.setdefault(str(sorted(record.point.items())), []).append(record)
     entries = []
     for of_point in by_point.values():
-        done = [r for r in of_point if r.status == FINISHED and r.seed in seeds]
         found = {record.seed: record for record in of_point}
-        values = [record.last(plan.objective) for record in done]
-        entries.append(Entry(of_point[0].point, found, values, len(done) == len(seeds)))
+        values = {
+            record.seed: value
+            for record in of_point
+            if record.status == FINISHED and record.seed in seeds
+            if not math.isnan(value := record.last(plan.objective))
+        }
+        entries.append(Entry(of_point[0].point, found, values, len(values) == len(seeds)))
 
     def order(entry: Entry) -> tuple:
-        if entry.complete:
-            return (False, least_first(entry.mean, plan.mode))
-        return (True, *min(_order(record, plan) for record in entry.records.values()))
+        if entry.values:
+            return (-len(entry.values), least_first(entry.mean, plan.mode))
+        return (0, *min(_order(record, plan) for record in entry.records.values()))
 
     entries.sort(key=order)
-    if not entries or not entries[0].complete:
-        reasons = {record.reason for record in trials if record.reason}
-        raise ValueError(
-            f"sweep {plan.url}: no trial came to its end: {'; '.join(sorted(reasons))}"
-        )
     return Ranking(plan, seeds, entries, records)
 
 
@@ -123,7 +132,7 @@ def table(ranking: Ranking, rows: int = 20) -> str:
     for place, entry in enumerate(ranking.entries[:rows], 1):
         record = next(iter(entry.records.values()))
         value = f"{record.last(objective):.2f}"
-        if entry.complete:
+        if entry.values:
             value = f"{entry.mean:.2f}"
             if len(entry.values) > 1:
                 value += f" +- {entry.spread:.2f} ({len(entry.values)} seeds)"

@@ -19,11 +19,15 @@ from jobs.command_line import run
 
 
 def main(config: SweepConfig) -> None:
-    """Run or continue the sweep, print the table and say where the results lie."""
+    """Run or continue the sweep, print the table and say where the results lie.
+
+    Raises WorkError, after the results are written, if no trial came to its end on all seeds.
+    """
     ranking = sweep(config, _space(config))
     store = open_storage(ranking.plan.url, config.storage)
     write_results(ranking, store)
     print(table(ranking))
+    ranking.check()
     print(f"report.html, trials.csv and best.yaml are in {store.url}")
 
 
