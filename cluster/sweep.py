@@ -13,18 +13,21 @@ from typing import Any
 
 from cluster.config import TrainConfig, WorkerRange
 from cluster.lease import hold_lease
+from cluster.run_config import CHANGEABLE, differences
 from cluster.storage import StorageError, open_storage
 from cluster.sweep_config import SearchConfig, SweepConfig, make_plan
 from cluster.sweep_progress import Progress
 from cluster.sweep_records import read_records
 from cluster.sweep_results import Ranking, candidates, rank
 from cluster.sweep_search import search_space, train_trials
-from cluster.sweep_space import Point, parse_space, with_values
+from cluster.sweep_space import Point, parse_space, value_of, with_values
 from cluster.sweep_trial import Plan
 from cluster.urls import run_url
 from cluster.workers import connect_ray, place, room
 
 SWEEP = "sweep.json"
+# What may be given beside --resume. Trials are compared by one validation.
+CONTINUABLE = CHANGEABLE - {"validation"}
 
 
 def check(config: SweepConfig, space: str) -> None:
@@ -65,19 +68,38 @@ def _settings(config: SweepConfig, space: str) -> tuple[TrainConfig, SearchConfi
     if not config.resume:
         if store.exists(SWEEP):
             raise ValueError(f"there is a sweep at {store.url}: continue it by --resume")
-        given = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
-        return TrainConfig(**given | {"run": url}), config.search, space
+        return _trials(config, url), config.search, space
     if not store.exists(SWEEP):
         raise StorageError(f"no sweep at {store.url}: start one by --run")
     stored = json.loads(store.get(SWEEP))
-    base = with_values(TrainConfig(), _flat(stored["config"]))
-    search = with_values(SearchConfig(), stored["search"])
+    own = with_values(SweepConfig(), _flat(stored["config"] | {"search": stored["search"]}))
+    config = _with_given(own, config)
+    base = _trials(config, url)
     if space and parse_space(space, base) != parse_space(stored["space"], base):
         raise ValueError(
             f"sweep {store.url} was started with another space: leave --space out to go on with "
             "its own, or give a new sweep another --run"
         )
-    return base, search, stored["space"]
+    return base, config.search, stored["space"]
+
+
+def _trials(config: SweepConfig, url: str) -> TrainConfig:
+    given = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
+    return TrainConfig(**given | {"run": url})
+
+
+def _with_given(own: SweepConfig, config: SweepConfig) -> SweepConfig:
+    """A sweep's configuration with what is given beside `resume`. Raises ValueError for a key that
+    trials would be different by."""
+    given = differences(asdict(SweepConfig()), asdict(config), {"resume", "space"})
+    for key in given:
+        old, new = value_of(own, key), value_of(config, key)
+        if old != new and not CONTINUABLE & {key, key.partition(".")[0]}:
+            raise ValueError(
+                f"the sweep was started with {key} = {old!r}, now it is {new!r}: leave it out "
+                "beside --resume, or give a new sweep another --run"
+            )
+    return with_values(own, {key: value_of(config, key) for key in given})
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Point:

@@ -65,7 +65,8 @@ class SweepConfig(TrainConfig):
     Attributes:
         run: Name (a folder below `runs`) or URL of the sweep.
         space: YAML file of what to search; empty for the contrast (jobs/spaces/contrast.yaml).
-        resume: Name or URL of a sweep to continue, with its own configuration and space.
+        resume: Name or URL of a sweep to continue, with its own configuration and space. Beside it
+            may be given what trials do not differ by, such as workers or max_failures.
         search: How the space is searched.
     """
 

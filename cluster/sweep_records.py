@@ -51,13 +51,20 @@ class Record:
 
 def read_records(sweep: Storage) -> list[Record]:
     """All records, oldest change first; those of warm-ups too."""
-    keys = sweep.list(RECORDS)
-    return sorted((Record(**json.loads(sweep.get(key))) for key in keys), key=lambda r: r.updated)
+    records = (_read(sweep, key) for key in sweep.list(RECORDS))
+    return sorted(records, key=lambda record: record.updated)
 
 
 def read_record(sweep: Storage, name: str) -> Record:
     """A trial's record. Raises MissingObjectError if there is none."""
-    return Record(**json.loads(sweep.get(f"{RECORDS}/{name}.json")))
+    return _read(sweep, f"{RECORDS}/{name}.json")
+
+
+def _read(sweep: Storage, key: str) -> Record:
+    record = Record(**json.loads(sweep.get(key)))
+    folder, name = record.run.split("/")[-2:]
+    record.run = f"{sweep.url}/{folder}/{name}"  # the sweep may have been moved
+    return record
 
 
 def finish_record(sweep: Storage, name: str, status: str, reason: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from cluster.checkpoint_format import list_checkpoints
 from cluster.config import TrainConfig, ValidationConfig
 from cluster.pausing import PausingTraining
-from cluster.run_config import FORKABLE, METRICS, prefix_digest
+from cluster.run_config import FORKABLE, METRICS, load_config, prefix_digest
 from cluster.storage import MissingObjectError, Storage, open_storage
 from cluster.sweep_records import (
     FAILED,
@@ -109,7 +109,9 @@ class Trial:
         if done and done[-1].step >= step:
             return
         if self._training is None:
-            config = replace(self._config, fork=self._fork or self._warm_up())
+            # What a run began from is history, and of a moved sweep it is not there any more.
+            fork = load_config(self._run)["fork"] if done else self._fork or self._warm_up()
+            config = replace(self._config, fork=fork)
             self._training = PausingTraining(config, stops)
         self._training.train_to(step)
 

@@ -1,7 +1,7 @@
 """A trial's run and its record, without a cluster."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,6 +77,25 @@ def test_a_trial_looks_past_a_damaged_checkpoint(plan):
     run.put(f"{leave_checkpoint(run, 5).removeprefix(run.url + '/')}/{MANIFEST}", b"{")
     run.put("metrics.jsonl", json.dumps({"step": 2, "student_miou": 40.0}).encode())
     assert trial.train_to(3, plan.stops) == {"student_miou": 40.0}
+
+
+def test_a_trial_of_a_moved_sweep_goes_on_in_its_new_place(plan, tmp_path, monkeypatch):
+    old = Trial(plan, POINT, 76)
+    old.record.write(open_storage(plan.url, StorageConfig()))
+    run = open_storage(old.record.run, StorageConfig())
+    run.put("config.json", b'{"fork": "file:///old/prefix"}')
+    leave_checkpoint(run, 3)
+    moved = replace(plan, url=open_storage(str(tmp_path / "moved"), StorageConfig()).url)
+    (tmp_path / "sweep").rename(tmp_path / "moved")
+    begun = []
+    monkeypatch.setattr(sweep_trial, "PausingTraining", lambda config, _: begun.append(config))
+    trial = Trial(moved, POINT, 76)
+    trial.train_to(5, plan.stops)
+    assert trial.record.run.startswith(f"{moved.url}/trials/")
+    # Else the run would be refused: it was started with another fork.
+    assert [(config.run, config.fork) for config in begun] == [
+        (trial.record.run, "file:///old/prefix")
+    ]
 
 
 def test_a_member_leaves_the_checkpoint_of_the_step_that_it_is_asked_for(plan):
