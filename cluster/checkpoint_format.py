@@ -21,8 +21,9 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,7 +37,7 @@ MANIFEST = "manifest.json"
 WRITTEN = re.compile(rf"{FOLDER}/step-\d+-\d+/[^/]+")
 FORMAT_VERSION = 1
 _MANIFEST_KEY = re.compile(rf"{FOLDER}/step-(\d+)-(\d+)/{MANIFEST}")
-READERS = 4  # files read at once
+READERS, PIECE_BYTES = 4, 16 << 20  # files read at once, by a driver of little memory in pieces
 
 
 class DamagedCheckpointError(ValueError):
@@ -74,7 +75,7 @@ class Checkpoint:
 def list_checkpoints(storage: Storage, *, skip_damaged: bool = False) -> list[Checkpoint]:
     """Complete checkpoints of a run, oldest first. Raises DamagedCheckpointError.
 
-    With `skip_damaged` those without a readable manifest are left out, and to `check_newest`.
+    With `skip_damaged` those without a readable manifest are left out, for `check_newest`.
     """
     found, skipped = [], (DamagedCheckpointError,) if skip_damaged else ()
     for key in complete_manifests(storage):
@@ -163,21 +164,40 @@ def check_newest(storage: Storage, *, fall_back: bool) -> Checkpoint | None:
 
 
 def check_files(storage: Storage, checkpoint: Checkpoint) -> None:
-    """Read all files; DamagedCheckpointError names one that is missing or damaged."""
+    """Read all files, in pieces; DamagedCheckpointError names one that is missing or damaged."""
     with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(partial(read_content, storage, checkpoint), checkpoint.files):
+        for _ in pool.map(partial(_check_file, storage, checkpoint), checkpoint.files):
             pass
+
+
+def _check_file(storage: Storage, checkpoint: Checkpoint, name: str) -> None:
+    key, digest = f"{checkpoint.prefix}/{name}", xxhash.xxh3_64()
+    with _missing_named(storage, key):
+        size, _ = storage.describe(key)
+        for begin in range(0, size, PIECE_BYTES):
+            digest.update(storage.get_range(key, begin, min(PIECE_BYTES, size - begin)))
+    _compare(storage, key, digest.hexdigest(), checkpoint.files[name])
 
 
 def read_content(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
     """A file's bytes; DamagedCheckpointError names it when it is missing or damaged."""
     key = f"{checkpoint.prefix}/{name}"
-    try:
+    with _missing_named(storage, key):
         content = storage.get(key)
+    _compare(storage, key, xxhash.xxh3_64_hexdigest(content), checkpoint.files[name])
+    return content
+
+
+@contextmanager
+def _missing_named(storage: Storage, key: str) -> Iterator[None]:
+    try:
+        yield
     except MissingObjectError:
         raise DamagedCheckpointError(f"{storage.url}/{key} is missing") from None
-    if xxhash.xxh3_64_hexdigest(content) != checkpoint.files[name]:
+
+
+def _compare(storage: Storage, key: str, found: str, written: str) -> None:
+    if found != written:
         raise DamagedCheckpointError(
             f"{storage.url}/{key} is damaged: its checksum is not the manifest's"
         )
-    return content

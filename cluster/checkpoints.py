@@ -142,7 +142,10 @@ class CheckpointWriter:
     def _commit(self, checkpoint: Checkpoint) -> None:
         self._before_commit()
         self._lease.renew(self._storage)
-        manifest = json.dumps(asdict(checkpoint)).encode()
+        fields = asdict(checkpoint)
+        if not checkpoint.pinned:
+            del fields["pinned"]  # code of before it can go on with the run
+        manifest = json.dumps(fields).encode()
         self._storage.put(f"{checkpoint.prefix}/{MANIFEST}", manifest)
         # A put can take longer than the lease. Then a successor has cleared away this checkpoint's
         # files, and what would be deleted for it may be all that the successor has.

@@ -25,7 +25,6 @@ class ProgressActor:
 
     def __init__(self, run: str) -> None:
         self._gauges = RunGauges(run)
-        self._note_time("progress", "checkpoint")
         self._furthest = 0
         self._latest: dict[str, Any] = {}
         self._events: list[tuple[str, str, dict[str, Any]]] = []
@@ -39,6 +38,10 @@ class ProgressActor:
         self._saved.set()
         self._asked = (-1, False)
         self._due: int | None = None  # the step of the checkpoint that is asked for
+
+    def expect_steps(self) -> None:
+        """From now on steps and checkpoints are due, for alerts."""
+        self._note_time("progress", "checkpoint")
 
     def _note_time(self, *names: str) -> None:
         self._gauges.set({f"{name}_time_seconds": time.time() for name in names})

@@ -135,15 +135,16 @@ class ReportedRun:
 
 def open_runs(config: ReportConfig) -> list[ReportedRun]:
     """The runs, each with a checkpoint, of one set of classes. Raises ValueError in one line."""
-    runs = []
+    runs, classes = [], set()
     for run in config.run:
         store = open_storage(run_url(run, config.runs), config.storage)
         store.check()
         runs.append(ReportedRun(store, config.storage))
+        classes.add(tuple(runs[-1].config["classes"]))
         newest_checkpoint(store)
-    classes = {run.config["model"]["num_classes"] for run in runs}
     if len(classes) > 1:
-        raise ValueError(f"the runs have {sorted(classes)} classes: report on them one by one")
+        numbers = sorted(map(len, classes))
+        raise ValueError(f"the runs have other classes ({numbers}): report on them one by one")
     return runs
 
 

@@ -81,18 +81,16 @@ def check_fork(config: TrainConfig, wanted: dict[str, Any]) -> None:
             f"acts before the contrast's start: of a fork only {', '.join(sorted(FORKABLE))} "
             "may differ"
         )
-    check_files(run, checkpoint)
     methods = {parent["method"], config.method}
     if len(methods) == 2 and "source_only" in methods:
         raise ValueError(f"fork {config.fork}: source_only has no teacher to go on with or without")
-    if config.method != "bankcl":
-        return
     kept = parent["contrast"]["bank_length"] if parent["method"] == "bankcl" else 0
-    if config.contrast.bank_length > kept:
+    if config.method == "bankcl" and config.contrast.bank_length > kept:
         raise ValueError(
             f"fork {config.fork} keeps a bank of {kept}, contrast.bank_length is "
             f"{config.contrast.bank_length}: a fork can only cut it"
         )
+    check_files(run, checkpoint)
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Storage, Checkpoint]:

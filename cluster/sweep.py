@@ -22,12 +22,13 @@ from cluster.sweep_results import Ranking, candidates, rank
 from cluster.sweep_search import search_space, train_trials
 from cluster.sweep_space import Point, parse_space, value_of, with_values
 from cluster.sweep_trial import Plan
-from cluster.urls import run_url
+from cluster.urls import absolute_url, run_url
 from cluster.workers import connect_ray, place, room
 
 SWEEP = "sweep.json"
 # What may be given beside --resume. Trials are compared by one validation.
 CONTINUABLE = CHANGEABLE - {"validation"}
+URLS = ("data.source", "data.target", "validation.data")
 
 
 def check(config: SweepConfig, space: str) -> None:
@@ -89,11 +90,13 @@ def _trials(config: SweepConfig, url: str) -> TrainConfig:
 
 
 def _with_given(own: SweepConfig, config: SweepConfig) -> SweepConfig:
-    """A sweep's configuration with what is given beside `resume`. Raises ValueError for a key that
-    trials would be different by."""
+    """A sweep's configuration with what is given beside `resume`, which is what differs from the
+    default. Raises ValueError for a key that trials would be different by."""
     given = differences(asdict(SweepConfig()), asdict(config), {"resume", "space"})
     for key in given:
         old, new = value_of(own, key), value_of(config, key)
+        if key in URLS:
+            new = new and absolute_url(new)
         if old != new and not CONTINUABLE & {key, key.partition(".")[0]}:
             raise ValueError(
                 f"the sweep was started with {key} = {old!r}, now it is {new!r}: leave it out "

@@ -10,9 +10,12 @@ again, after a lost driver, it goes on where it was and repeats nothing.
 
 import json
 import math
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from ray.exceptions import RayError
 
 from cluster.checkpoint_format import list_checkpoints
 from cluster.config import TrainConfig, ValidationConfig
@@ -83,8 +86,12 @@ class Trial:
                 measured = {str(step): self._measured(step)}
                 finished = step == self._config.optimization.steps
                 self._note(measured, status=FINISHED if finished else RUNNING)
+            except RayError:  # a lost node is Tune's to begin again
+                raise
             except Exception as error:
                 shown = isinstance(error, ValueError | RuntimeError | OSError)
+                if not shown:
+                    traceback.print_exc()
                 reason = str(error) if shown else repr(error)
                 self._note(status=FAILED, reason=" ".join(reason.split()))
             if step == stops[-1]:

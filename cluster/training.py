@@ -95,6 +95,8 @@ def _train(
 ) -> dict[str, float] | Ended:
     """Run the group of workers up to step `until` and show its progress."""
     progress = pauses.progress if pauses else start_progress(config.run)
+    if pauses is None:  # the trials of a search may have to wait for each other
+        progress.expect_steps.remote()
     payload = {
         "config": config,
         "run_url": config.run,
@@ -140,7 +142,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         data,
         config.storage,
         config.optimization.global_batch,
-        day_night=config.teacher.day_night,
+        day_night=config.teacher.day_night and config.method != "source_only",
     )
     if validation.data:
         checked = open_manifest(validation.data, config.storage)

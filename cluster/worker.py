@@ -3,7 +3,7 @@
 import json
 import math
 import socket
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,7 @@ import torch.distributed as dist
 from cluster.checkpoint_format import Checkpoint, list_checkpoints
 from cluster.checkpoints import CheckpointWriter
 from cluster.config import TrainConfig
-from cluster.engine import (
-    DivergenceError,
-    set_up_process,
-)
+from cluster.engine import DivergenceError, set_up_process
 from cluster.environment import ENVIRONMENT, describe_environment
 from cluster.inference import validate_networks
 from cluster.lease import LeaseError
@@ -63,15 +60,14 @@ def train_worker(payload: dict[str, Any]) -> dict[str, float] | Ended:
             start = agree_on_start(config, run, payload["lease"])
         except (LeaseError, AccessDeniedError) as error:
             return Ended(str(error))
-        trainer = _Trainer(config, device, run, start, progress, watchdog)
         try:
-            return trainer.train(payload["until"], payload["pauses"])
+            trainer = _Trainer(config, device, run, start, progress, watchdog)
+            with closing(trainer):
+                return trainer.train(payload["until"], payload["pauses"])
         except (LostSampleError, AccessDeniedError) as error:
             # The others wait for this rank in a collective: only a new start ends all of them.
             ray.get(progress.end.remote(str(error)))
             raise
-        finally:
-            trainer.close()
 
 
 class _Trainer:
@@ -173,9 +169,8 @@ class _Trainer:
         self.progress.event.remote("warning", "upload_failed", {"message": message})
 
     def _warn_of_cache(self, message: str) -> None:
-        if ray.train.get_context().get_local_rank() == 0:  # one line a node
-            fields = {"node": socket.gethostname(), "message": message}
-            self.progress.event.remote("warning", "cache_off", fields)
+        fields = {"node": socket.gethostname(), "rank": self.rank, "message": message}
+        self.progress.event.remote("warning", "cache_off", fields)
 
     def _committed(self, checkpoint: Checkpoint) -> None:
         self.progress.committed.remote(checkpoint.step, checkpoint.prefix)

@@ -32,7 +32,7 @@ def main() -> None:
     print(f"{config.model.encoder}: {arguments.interval} steps take {without:.2f} s")
     print(f"the call that starts a checkpoint takes {1e3 * median(stalled):.1f} ms")
     print(f"with a checkpoint they take {extra:+.3f} s, {extra / without:+.2%}")
-    every = config.checkpoint_every / arguments.interval
+    every = config.checkpoint_every / config.optimization.batch_ratio / arguments.interval
     print(f"at checkpoint_every {config.checkpoint_every}: {extra / without / every:+.3%}")
 
 

@@ -90,6 +90,7 @@ def scraped(ray_cluster) -> dict[tuple[str, str | None], float]:
     worker = Worker.remote()
     ray.get(worker.publish.remote())
     progress = start_progress("s3://bucket/runs/stalled")
+    progress.expect_steps.remote()
     ray.get(progress.update.remote(10, 20, {}))
     repeated = time.time()
     ray.get(progress.update.remote(10, 20, {}))
