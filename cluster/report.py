@@ -143,8 +143,7 @@ def open_runs(config: ReportConfig) -> list[ReportedRun]:
         classes.add(tuple(runs[-1].config["classes"]))
         newest_checkpoint(store)
     if len(classes) > 1:
-        numbers = sorted(map(len, classes))
-        raise ValueError(f"the runs have other classes ({numbers}): report on them one by one")
+        raise ValueError("the runs' classes, or their order, differ: report on them one by one")
     return runs
 
 

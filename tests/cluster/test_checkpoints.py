@@ -198,6 +198,11 @@ def test_the_last_two_the_best_and_the_pinned_are_kept_and_nothing_of_the_others
     assert found["before"] == [[], *kept[:-1]], "not called before the manifest is written"
     folders = {path.parent.name for path in (tmp_path / "scores/checkpoints").rglob("*.*")}
     assert folders == {f"step-{step:08d}-1" for step in kept[-1]}
+    manifests = {
+        path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("manifest.json")
+    }
+    # Code that knows no pin reads all others.
+    assert [name for name, fields in manifests.items() if "pinned" in fields] == ["step-00000002-1"]
 
 
 def test_a_commit_that_arrives_after_its_successor_began_neither_counts_nor_deletes(tmp_path):

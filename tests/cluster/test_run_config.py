@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
+from cluster import checkpoint_format
 from cluster.checkpoint_format import MANIFEST, Checkpoint
 from cluster.config import TrainConfig
 from cluster.run_config import CONFIG, check_fork, prefix_digest
@@ -74,12 +76,19 @@ def test_a_fork_names_a_checkpoint_that_is_not_there(fork):
         check(configure(missing))
 
 
-def test_a_fork_from_a_damaged_checkpoint_names_the_file(fork):
+def test_a_fork_from_a_damaged_checkpoint_names_the_file(fork, monkeypatch):
+    monkeypatch.setattr(checkpoint_format, "PIECE_BYTES", 4)
     run = open_storage(fork.rpartition("/checkpoints/")[0], StorageConfig())
-    checkpoint = Checkpoint(30, 1, 1, 1, {}, {}, files={"student-00000.safetensors": "0" * 16})
+    name, content = "student-00000.safetensors", b"0123456789"
+    digest = xxhash.xxh3_64_hexdigest(content)
+    checkpoint = Checkpoint(30, 1, 1, 1, {}, {}, files={name: digest})
     run.put(f"{checkpoint.prefix}/{MANIFEST}", json.dumps(asdict(checkpoint)).encode())
-    with pytest.raises(ValueError, match=r"student-00000.safetensors is damaged"):
-        check(configure(fork))
+    run.put(f"{checkpoint.prefix}/{name}", content)
+    check(configure(fork))
+    for damaged in (content[:-1], b"x" + content[1:], content[:-1] + b"x"):
+        run.put(f"{checkpoint.prefix}/{name}", damaged)
+        with pytest.raises(ValueError, match=r"student-00000.safetensors is damaged"):
+            check(configure(fork))
 
 
 def test_runs_share_a_warm_up_if_they_differ_in_nothing_that_acts_in_it():

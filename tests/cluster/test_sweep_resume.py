@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import TrainConfig, WorkerRange
+from cluster.data import DataConfig
 from cluster.storage import StorageConfig, open_storage
 from cluster.sweep import SWEEP, _settings
 from cluster.sweep_config import SearchConfig, SweepConfig
@@ -42,6 +43,17 @@ def test_what_is_given_beside_resume_counts(sweep):
     base, _, _ = _settings(given, "")
     assert (base.fall_back, base.workers, base.storage) == (True, given.workers, given.storage)
     assert base.optimization.warmup == 7
+
+
+def test_data_may_be_named_beside_resume_as_at_the_start(sweep, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    store = open_storage(sweep, StorageConfig())
+    stored = json.loads(store.get(SWEEP))
+    stored["config"]["data"]["source"] = (tmp_path / "shards/day").as_uri()
+    store.put(SWEEP, json.dumps(stored).encode())
+    _settings(SweepConfig(resume=sweep, data=DataConfig(source="shards/day")), "")
+    with pytest.raises(ValueError, match=r"data\.source"):
+        _settings(SweepConfig(resume=sweep, data=DataConfig(source="shards/night")), "")
 
 
 @pytest.mark.parametrize(

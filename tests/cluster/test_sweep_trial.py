@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from ray import tune
+from ray.exceptions import ActorDiedError
 
 from cluster import sweep_trainables, sweep_trial
 from cluster.checkpoint_format import MANIFEST, Checkpoint
@@ -52,6 +53,15 @@ def test_a_trial_that_fails_in_any_way_is_recorded_with_its_reason(
     Trial(plan, POINT, 76).train_to(3, plan.stops)
     (record,) = read_records(open_storage(plan.url, StorageConfig()))
     assert (record.status, record.reason) == (FAILED, reason)
+
+
+def test_a_trial_whose_cluster_lost_a_part_is_left_to_tune_to_begin_again(plan, monkeypatch):
+    def lose(*_: object) -> None:
+        raise ActorDiedError
+
+    monkeypatch.setattr(sweep_trial, "PausingTraining", lose)
+    with pytest.raises(ActorDiedError):
+        Trial(plan, POINT, 76).train_to(3, plan.stops)
 
 
 @pytest.mark.parametrize(

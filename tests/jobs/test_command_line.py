@@ -165,11 +165,14 @@ def test_an_interrupt_ends_a_job_with_its_code_at_any_stage(sent, code, stage):
 
     stages = {"check": lambda config: None, "main": pytest.fail, stage: interrupted}
     before = signal.getsignal(signal.SIGTERM)
+    # Tests that a script runs in the background ignore it.
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
             run(stages["main"], Outer, check=stages["check"], arguments=["--steps", "1"])
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupts)
     assert isinstance(caught.value, SystemExit) and caught.value.code == code
 
 

@@ -98,6 +98,12 @@ def test_labels_with_the_classes_in_another_order_are_refused(
         evaluate(EvaluateConfig(run=run, data=shards))
     with pytest.raises(ValueError, match="labelled with the runs' classes: class0, class1, "):
         check(ReportConfig(run=[run], data=shards, to=str(tmp_path / "report.html")))
+    renamed = shutil.copytree(run, tmp_path / "renamed")
+    config = json.loads((renamed / "config.json").read_text())
+    config["classes"].reverse()
+    (renamed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="classes, or their order, differ"):
+        check(ReportConfig(run=[run, str(renamed)], to=str(tmp_path / "report.html")))
 
 
 def assert_refused(options: dict[str, str], words: list[str]) -> None:

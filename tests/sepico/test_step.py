@@ -40,6 +40,7 @@ def test_a_taxonomy_survives_its_dictionary():
         ([{"train_id": 1, "name": "a", "color": [0, 0, 0]}], "train ids must be"),
         ([{"train_id": 0, "name": "a"}], "missing or malformed"),
         ([{"train_id": 0, "name": "a", "color": [0, 0, 300]}], "three integers"),
+        ([{"train_id": 0, "name": "a", "color": [0, 0, 0]}], "at least two classes"),
     ],
 )
 def test_a_malformed_taxonomy_is_refused(classes, message):
