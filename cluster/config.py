@@ -1,5 +1,6 @@
 """Configuration of a training run: the method's sections, and where and on what it runs."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -69,6 +70,15 @@ class WorkerRange:
     max: int
 
 
+def useful_workers(available: int, global_batch: int) -> int:
+    """The fewest workers that are as fast as `available` ones: with the same largest share.
+
+    All wait for the largest share of the global batch: 8 images are 3, 3 and 2 on three workers,
+    which two (4 and 4) would be slower than, and no faster on seven workers than on four.
+    """
+    return math.ceil(global_batch / math.ceil(global_batch / available))
+
+
 @dataclass
 class TrainConfig(MethodConfig):
     """A training run.
@@ -83,8 +93,8 @@ class TrainConfig(MethodConfig):
             configuration may differ in what acts from the contrast's start on: method, and of
             contrast temperature, weights and (shorter) bank_length.
         workers: Ray Train workers; one GPU each where the cluster has GPUs. A number, or an
-            elastic range {min: 2, max: 8}, all of which work, also where they share the global
-            batch unevenly: all then wait for those with a sample more.
+            elastic range {min: 2, max: 8}: as many as there is room for, less those that would make
+            no step faster (with room for 5 to 7, a global batch of 8 takes 4).
         cpus_per_worker: CPU cores and compute threads of a worker; 0 shares the cluster's out, as
             it is when the run starts.
         placement_timeout: Seconds to wait for a cluster that grows to hold the workers. If it
@@ -169,7 +179,10 @@ class TrainConfig(MethodConfig):
 
     @property
     def worker_range(self) -> WorkerRange:
-        """The range of `workers`, of one number where it is fixed."""
+        """The range of `workers` that are of use, of one number where it is fixed."""
         if isinstance(self.workers, int):
             return WorkerRange(self.workers, self.workers)
-        return self.workers
+        fewest, most = self.workers.min, self.workers.max
+        return WorkerRange(
+            fewest, max(fewest, useful_workers(most, self.optimization.global_batch))
+        )

@@ -1,4 +1,4 @@
-"""When a running group of workers follows the cluster's size: right after a checkpoint.
+"""How a group of workers follows the cluster's size: right after a checkpoint, by what is of use.
 
 Ray's own policy ends the group as soon as it sees room for more workers, and the steps since the
 last checkpoint are lost: pods that come one by one would keep a run from ever writing one.
@@ -14,14 +14,18 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
+from cluster.config import useful_workers
+
 
 class ResizeAfterCheckpoint(ElasticScalingPolicy):
     """Ray's policy, whose resizes wait for a checkpoint that `progress`, a ProgressActor, asks the
-    workers for."""
+    workers for, and whose groups have no worker that makes no step faster."""
 
-    def __init__(self, scaling_config: ray.train.ScalingConfig, progress: Any) -> None:
+    def __init__(
+        self, scaling_config: ray.train.ScalingConfig, progress: Any, global_batch: int
+    ) -> None:
         super().__init__(scaling_config)
-        self._progress = progress
+        self._progress, self._global_batch = progress, global_batch
         self._saved: ray.ObjectRef | None = None  # ready once the checkpoint is there
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
@@ -40,3 +44,10 @@ class ResizeAfterCheckpoint(ElasticScalingPolicy):
             self._saved = self._progress.save_checkpoint.remote()
             return NoopDecision()
         return decision
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        possible = super()._count_possible_workers(reserved_resources)
+        if possible <= self.scaling_config.min_workers:
+            return possible
+        useful = useful_workers(possible, self._global_batch)
+        return max(useful, self.scaling_config.min_workers)

@@ -115,6 +115,7 @@ def _train(
             cpus=config.cpus_per_worker,
             storage=config.storage,
             folder=config.run,
+            global_batch=config.optimization.global_batch,
             max_failures=config.max_failures,
             progress=progress,
         )

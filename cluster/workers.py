@@ -160,14 +160,17 @@ def launch(
     cpus: int,
     storage: StorageConfig,
     folder: str,
+    global_batch: int = 1,
     max_failures: int = 0,
     progress: Any = None,
 ) -> Any:
     """Run `worker` ("module:function", called with `payload`) on a Ray Train group.
 
-    Ray starts as many of an elastic range as there is room for, and starts the group again when
-    that changes, once the workers have answered the run's ProgressActor, `progress`, with a
-    checkpoint; it is told why a group that failed is started again. Returns rank 0's return value.
+    Ray starts as many of an elastic range as there is room for and `global_batch` has use for. It
+    starts the group again when that changes, once the workers have answered the run's
+    ProgressActor, `progress`, with a checkpoint; it is told why a group that failed is started
+    again. Returns rank 0's return value.
+
     Raises WorkError with the worker's own message for bad data, RuntimeError for anything else.
     """
     filesystem, path = pyarrow_filesystem(folder, storage)
@@ -191,7 +194,7 @@ def launch(
             callbacks=[ShowRestarts(progress)] if progress else [],
         ),
     )
-    trainer.progress = progress
+    trainer.progress, trainer.global_batch = progress, global_batch
     try:
         return trainer.fit().return_value
     except (KeyboardInterrupt, SystemExit):
@@ -209,6 +212,7 @@ class _Trainer(DataParallelTrainer):
     controller."""
 
     progress: Any = None
+    global_batch = 1
     _controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -217,7 +221,7 @@ class _Trainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
         if self.scaling_config.elasticity_enabled:
-            policy = ResizeAfterCheckpoint(self.scaling_config, self.progress)
+            policy = ResizeAfterCheckpoint(self.scaling_config, self.progress, self.global_batch)
             settings["scaling_policy"] = policy
         if ray.get_runtime_context().get_actor_id() is None:
             return super()._initialize_and_run_controller(**settings)
