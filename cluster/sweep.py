@@ -26,14 +26,14 @@ from cluster.urls import absolute_url, run_url
 from cluster.workers import connect_ray, place, room
 
 SWEEP = "sweep.json"
-# What may be given beside --resume. Trials are compared by one validation.
-CONTINUABLE = CHANGEABLE - {"validation"}
+# What may change of a sweep that is continued. Trials are compared by one validation.
+CONTINUABLE = CHANGEABLE - {"validation"} | {"search.concurrent"}
 URLS = ("data.source", "data.target", "validation.data")
 
 
 def check(config: SweepConfig, space: str) -> None:
     """Raise ValueError, in one line, for what is known to be wrong without a cluster."""
-    make_plan(*_settings(config, space))
+    _planned(config, space)
 
 
 def sweep(config: SweepConfig, space: str) -> Ranking:
@@ -41,15 +41,14 @@ def sweep(config: SweepConfig, space: str) -> Ranking:
 
     Raises ValueError (one line: what is wrong and the fix) before a trial starts.
     """
-    base, search, space = _settings(config, space)
-    plan = make_plan(base, search, space)
+    plan, search, space = _planned(config, space)
+    base = plan.base
     store = open_storage(plan.url, base.storage)
     store.check()
-    stored = {"config": asdict(plan.base), "search": asdict(search), "space": space}
     connect_ray()
     placed, concurrent = _place(plan, search)
     with hold_lease(store):
-        store.put(SWEEP, json.dumps(stored, indent=1).encode())
+        store.put(SWEEP, json.dumps(_described(plan, search, space), indent=1).encode())
         search_space(placed, search, concurrent)
         best = candidates(read_records(store), plan)[: search.top]
         seeds = list(dict.fromkeys([base.seed, *search.seeds]))
@@ -60,27 +59,56 @@ def sweep(config: SweepConfig, space: str) -> Ranking:
         return rank(read_records(store), plan, seeds)
 
 
+def _planned(config: SweepConfig, space: str) -> tuple[Plan, SearchConfig, str]:
+    """Plan, search and space, checked against the sweep that `run` continues, if there is one."""
+    base, search, space = _settings(config, space)
+    plan = make_plan(base, search, space)
+    store = open_storage(plan.url, base.storage)
+    if config.run and store.exists(SWEEP):
+        stored = json.loads(store.get(SWEEP))
+        new = json.loads(json.dumps(_described(plan, search, space)))
+        for key, (old, now) in differences(_values(stored), _values(new), CONTINUABLE).items():
+            raise ValueError(
+                f"sweep {store.url} was started with {key} = {old!r}, now it is {now!r}: keep the "
+                "value, continue the sweep as it is by --resume, or give another --run"
+            )
+        _check_space(store.url, stored["space"], space, base)
+    return plan, search, space
+
+
+def _described(plan: Plan, search: SearchConfig, space: str) -> dict[str, Any]:
+    return {"config": asdict(plan.base), "search": asdict(search), "space": space}
+
+
+def _values(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored sweep's values by the keys of a SweepConfig."""
+    return stored["config"] | {"search": stored["search"]}
+
+
+def _check_space(url: str, old: str, new: str, base: TrainConfig) -> None:
+    if parse_space(new, base) != parse_space(old, base):
+        raise ValueError(
+            f"sweep {url} was started with another space: continue it by --resume and without "
+            "--space to go on with its own, or give a new sweep another --run"
+        )
+
+
 def _settings(config: SweepConfig, space: str) -> tuple[TrainConfig, SearchConfig, str]:
     """The trials' configuration, the search and the space: given, or those of a sweep to resume."""
     if bool(config.resume) == bool(config.run):
-        raise ValueError("give a new sweep a name, --run NAME, or continue one by --resume SWEEP")
+        raise ValueError("give the sweep a name, --run NAME, or continue one by --resume SWEEP")
     url = run_url(config.resume or config.run, config.runs)
     store = open_storage(url, config.storage)
     if not config.resume:
-        if store.exists(SWEEP):
-            raise ValueError(f"there is a sweep at {store.url}: continue it by --resume")
         return _trials(config, url), config.search, space
     if not store.exists(SWEEP):
         raise StorageError(f"no sweep at {store.url}: start one by --run")
     stored = json.loads(store.get(SWEEP))
-    own = with_values(SweepConfig(), _flat(stored["config"] | {"search": stored["search"]}))
+    own = with_values(SweepConfig(), _flat(_values(stored)))
     config = _with_given(own, config)
     base = _trials(config, url)
-    if space and parse_space(space, base) != parse_space(stored["space"], base):
-        raise ValueError(
-            f"sweep {store.url} was started with another space: leave --space out to go on with "
-            "its own, or give a new sweep another --run"
-        )
+    if space:
+        _check_space(store.url, stored["space"], space, base)
     return base, config.search, stored["space"]
 
 

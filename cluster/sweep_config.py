@@ -63,10 +63,11 @@ class SweepConfig(TrainConfig):
     """A sweep; every key of a training run is the trials'.
 
     Attributes:
-        run: Name (a folder below `runs`) or URL of the sweep.
+        run: Name (a folder below `runs`) or URL of the sweep. One that exists is continued, where
+            it was started with the same configuration and space.
         space: YAML file of what to search; empty for the contrast (jobs/spaces/contrast.yaml).
-        resume: Name or URL of a sweep to continue, with its own configuration and space. Beside it
-            may be given what trials do not differ by, such as workers or max_failures.
+        resume: Name or URL of a sweep to continue, in place of `run`, with its own configuration
+            and space. Beside it may be given what trials do not differ by, such as workers.
         search: How the space is searched.
     """
 

@@ -3,6 +3,7 @@
     python -m jobs.sweep --config my.yaml --run tau --space space.yaml --search.seeds [77,78]
     python -m jobs.sweep --resume tau
 
+The same command again, or `--resume` without any other option, continues a sweep.
 `--space` says what to search (jobs/spaces/contrast.yaml is the default and shows how). The result
 is a ranked table, report.html, and best.yaml, which `python -m jobs.train --config` runs as it is.
 """

@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import segmentation_models_pytorch as smp
 import torch
 from torch.nn import functional as F
 
@@ -148,6 +147,9 @@ class Encoder:
     """The encoder of a published preset; `step` is its forward and backward on the source."""
 
     def __init__(self, network: str, precision: str, side: int) -> None:
+        # Here: before `sepico` it imports the compiler of torch, 140 MB that a worker spares.
+        import segmentation_models_pytorch as smp
+
         model = parse(TrainConfig, ["--config", PRESETS[network]]).model
         self.encoder = smp.encoders.get_encoder(
             model.encoder, weights=None, output_stride=model.output_stride

@@ -21,7 +21,7 @@ from cluster.checkpoint_format import MANIFEST, Checkpoint, list_checkpoints
 from cluster.config import TrainConfig
 from cluster.run_config import find_checkpoint
 from cluster.storage import open_storage
-from cluster.sweep import sweep
+from cluster.sweep import check, sweep
 from cluster.sweep_config import SweepConfig
 from cluster.sweep_files import best_preset
 from cluster.sweep_records import read_records
@@ -117,16 +117,18 @@ def trained_steps(folder: Path) -> Counter:
     return steps
 
 
+# Its cores are whatever there are, its workers a range of one number, a seed is repeated.
+UNUSUAL = {
+    "cpus_per_worker": "0",
+    "workers": '{"min": 1, "max": 1}',
+    "search.seeds": "[77, 76, 77]",
+}
+
+
 @pytest.fixture(scope="module")
 def swept(fast, data, tmp_path_factory):
-    """Its cores are whatever there are, its workers a range of one number, a seed is repeated."""
     folder = tmp_path_factory.mktemp("swept")
-    unusual = {
-        "cpus_per_worker": "0",
-        "workers": '{"min": 1, "max": 1}',
-        "search.seeds": "[77, 76, 77]",
-    }
-    ranking = sweep(configure(data, folder, **unusual), SPACE)
+    ranking = sweep(configure(data, folder, **UNUSUAL), SPACE)
     return ranking, folder
 
 
@@ -192,6 +194,19 @@ def test_a_continued_sweep_trains_only_what_is_missing(swept, data, tmp_path):
     assert trained_steps(folder) == before
     with pytest.raises(ValueError, match="another space"):
         sweep(resumed, SPACE.replace("300", "200"))
+
+
+def test_the_command_that_began_a_sweep_continues_it_and_another_is_refused(swept, data):
+    ranking, folder = swept
+    before = trained_steps(folder)
+    again = {**UNUSUAL, "max_failures": "1", "search.concurrent": "1"}
+    assert sweep(configure(data, folder, **again), SPACE).best.point == ranking.best.point
+    assert trained_steps(folder) == before
+    without = {name: value for name, value in UNUSUAL.items() if name != "search.seeds"}
+    with pytest.raises(ValueError, match=r"search\.seeds = .*77.*now it is \[77\].*--resume"):
+        check(configure(data, folder, **without), SPACE)
+    with pytest.raises(ValueError, match="another space"):
+        check(configure(data, folder, **UNUSUAL), SPACE.replace("300", "200"))
 
 
 def test_the_best_of_a_rung_go_on_whenever_they_come(fast, data, tmp_path):

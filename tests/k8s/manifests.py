@@ -242,27 +242,23 @@ def _job_problems(spec: Object) -> Iterator[str]:
         yield "SidecarMode: the submitter's container can't be restricted"
 
 
-def commands(entrypoint: str, environment: dict[str, str]) -> list[list[str]]:
-    """The Python commands of an entrypoint, as the submitter's shell expands them."""
-    expanded = re.sub(r"\$(\w+)", lambda found: environment[found[1]], entrypoint)
-    words = shlex.split(expanded)
-    script = words[2] if words[:2] == ["bash", "-c"] else shlex.join(words)
-    return [shlex.split(command) for command in script.split("||")]
+def words(entrypoint: str, environment: dict[str, str]) -> list[str]:
+    """The words of an entrypoint, as the submitter's shell expands them."""
+    return shlex.split(re.sub(r"\$(\w+)", lambda found: environment[found[1]], entrypoint))
 
 
 def _entrypoint_problems(o: Object, environment: dict[str, str]) -> Iterator[str]:
     """Whether our own command line takes it: a manifest can't name a flag that does not exist."""
     try:
-        found = commands(o["spec"]["entrypoint"], environment)
+        python, _, module, *arguments = words(o["spec"]["entrypoint"], environment)
     except (KeyError, ValueError) as error:
         yield f"entrypoint: {error!r}"
         return
-    for python, _, module, *arguments in found:
-        if python != "python" or module not in CONFIGS:
-            yield f"entrypoint: {python} -m {module} is no job of ours"
-            continue
-        source, config_class = CONFIGS[module].split(":")
-        try:
-            parse(getattr(import_module(source), config_class), arguments)
-        except SystemExit:
-            yield f"entrypoint: {module} refuses {shlex.join(arguments)}"
+    if python != "python" or module not in CONFIGS:
+        yield f"entrypoint: {python} -m {module} is no job of ours"
+        return
+    source, config_class = CONFIGS[module].split(":")
+    try:
+        parse(getattr(import_module(source), config_class), arguments)
+    except SystemExit:
+        yield f"entrypoint: {module} refuses {shlex.join(arguments)}"

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.errors import WorkError
 from jobs.k8s import NamedJob, TrainJob, build, status
-from tests.k8s.manifests import commands, find, problems
+from tests.k8s.manifests import find, problems, words
 
 DATA = {"bucket": "s3://b", "source": "shards/day", "target": "s3://other/night"}
 
@@ -26,8 +26,8 @@ def test_a_rendered_job_has_what_was_asked_for_and_nothing_wrong(rendered):
     job = build(TrainJob("night-1", **DATA, **asked))
     assert problems([job, find(rendered["gpu"], "ConfigMap", "sepico")]) == []
     assert job["metadata"]["name"] == "night-1" and "suspend" not in job["spec"]
-    (words,) = commands(job["spec"]["entrypoint"], {})
-    options = dict(zip(words[3::2], words[4::2], strict=True))
+    command = words(job["spec"]["entrypoint"], {})
+    options = dict(zip(command[3::2], command[4::2], strict=True))
     assert options["--run"] == "s3://b/runs/night-1"
     assert options["--data.source"] == "s3://b/shards/day"
     assert options["--data.target"] == "s3://other/night"
@@ -44,9 +44,9 @@ def test_a_rendered_job_has_what_was_asked_for_and_nothing_wrong(rendered):
 
 def test_a_job_has_the_options_of_its_overlay_before_its_own():
     job = build(TrainJob("run", **DATA, overlay="production", options="--data.cache /other"))
-    (words,) = commands(job["spec"]["entrypoint"], {})
-    assert words.index("--data.cache_bytes") < words.index("/other")
-    assert words[words.index("/cache") - 1] == "--data.cache"
+    command = words(job["spec"]["entrypoint"], {})
+    assert command.index("--data.cache_bytes") < command.index("/other")
+    assert command[command.index("/cache") - 1] == "--data.cache"
 
 
 @pytest.mark.parametrize(

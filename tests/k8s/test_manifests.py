@@ -19,7 +19,6 @@ from tests.k8s.manifests import (
     K8S,
     OVERLAYS,
     Object,
-    commands,
     find,
     pod_templates,
     problems,
@@ -111,16 +110,6 @@ def test_sweep_and_interactive_cluster_have_the_pods_of_train(rendered, overlay)
     interactive = find(rendered[overlay], "RayCluster", "interactive")["spec"]
     for group in ("headGroupSpec", "workerGroupSpecs"):
         assert interactive[group] == cluster[group]
-
-
-def test_a_sweep_is_resumed_from_the_store_that_it_was_started_in(rendered):
-    sweep = find(rendered["gpu"], "RayJob", "sweep")
-    settings = find(rendered["gpu"], "ConfigMap", "sepico")["data"]
-    store = ["--storage.endpoint", "https://s3.example.com"]
-    for command in commands(
-        sweep["spec"]["entrypoint"], settings | {"SWEEP_OPTIONS": " ".join(store)}
-    ):
-        assert command[-2:] == store
 
 
 def test_applying_an_overlay_for_gpus_starts_nothing(rendered):
