@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from cluster.config import TrainConfig, WorkerRange
+from cluster.events import log_event
 from cluster.lease import hold_lease
 from cluster.run_config import CHANGEABLE, differences
 from cluster.storage import StorageError, open_storage
@@ -148,6 +149,11 @@ def _place(plan: Plan, search: SearchConfig) -> tuple[Plan, int]:
     place(WorkerRange(workers, workers), cpus, plan.base.placement_timeout)
     most = room(cpus or 1) // workers
     concurrent = min(search.concurrent or most, most)
+    if search.concurrent > most:
+        message = (
+            f"the cluster has room for {most} trials, not for the {search.concurrent} asked for"
+        )
+        log_event("warning", "concurrent", {"message": message})
     at_a_time = workers * concurrent
     cpus = place(WorkerRange(at_a_time, at_a_time), cpus)
     return replace(plan, base=replace(plan.base, cpus_per_worker=cpus)), concurrent

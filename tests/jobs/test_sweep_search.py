@@ -17,6 +17,7 @@ import yaml
 from ray.util import placement_group_table
 
 from cluster import pausing, sweep_search, sweep_trainables
+from cluster import sweep as sweep_module
 from cluster.checkpoint_format import MANIFEST, Checkpoint, list_checkpoints
 from cluster.config import TrainConfig
 from cluster.run_config import find_checkpoint
@@ -196,12 +197,17 @@ def test_a_continued_sweep_trains_only_what_is_missing(swept, data, tmp_path):
         sweep(resumed, SPACE.replace("300", "200"))
 
 
-def test_the_command_that_began_a_sweep_continues_it_and_another_is_refused(swept, data):
+def test_the_command_that_began_a_sweep_continues_it_and_another_is_refused(
+    swept, data, monkeypatch
+):
     ranking, folder = swept
-    before = trained_steps(folder)
-    again = {**UNUSUAL, "max_failures": "1", "search.concurrent": "1"}
+    before, events = trained_steps(folder), []
+    monkeypatch.setattr(sweep_module, "log_event", lambda *event: events.append(event))
+    again = {**UNUSUAL, "max_failures": "1", "search.concurrent": "9"}
     assert sweep(configure(data, folder, **again), SPACE).best.point == ranking.best.point
     assert trained_steps(folder) == before
+    ((_, _, cut),) = events
+    assert "room for 2 trials, not for the 9 asked for" in cut["message"]
     without = {name: value for name, value in UNUSUAL.items() if name != "search.seeds"}
     with pytest.raises(ValueError, match=r"search\.seeds = .*77.*now it is \[77\].*--resume"):
         check(configure(data, folder, **without), SPACE)
