@@ -59,7 +59,7 @@ class ValidationConfig:
 
 @dataclass
 class WorkerRange:
-    """An elastic number of workers: as many as the cluster has room for, also in mid-run.
+    """An elastic number of workers: as many as there is room and use for, also in mid-run.
 
     Attributes:
         min: The run waits until there is room for so many.
@@ -70,13 +70,13 @@ class WorkerRange:
     max: int
 
 
-def useful_workers(available: int, global_batch: int) -> int:
-    """The fewest workers that are as fast as `available` ones: with the same largest share.
+def useful_workers(available: int, global_batch: int, least: int = 1) -> int:
+    """The fewest workers, `least` or more, that are as fast as `available` ones: of equal share.
 
     All wait for the largest share of the global batch: 8 images are 3, 3 and 2 on three workers,
     which two (4 and 4) would be slower than, and no faster on seven workers than on four.
     """
-    return math.ceil(global_batch / math.ceil(global_batch / available))
+    return max(least, math.ceil(global_batch / math.ceil(global_batch / available)))
 
 
 @dataclass
@@ -183,6 +183,4 @@ class TrainConfig(MethodConfig):
         if isinstance(self.workers, int):
             return WorkerRange(self.workers, self.workers)
         fewest, most = self.workers.min, self.workers.max
-        return WorkerRange(
-            fewest, max(fewest, useful_workers(most, self.optimization.global_batch))
-        )
+        return WorkerRange(fewest, useful_workers(most, self.optimization.global_batch, fewest))

@@ -49,5 +49,4 @@ class ResizeAfterCheckpoint(ElasticScalingPolicy):
         possible = super()._count_possible_workers(reserved_resources)
         if possible <= self.scaling_config.min_workers:
             return possible
-        useful = useful_workers(possible, self._global_batch)
-        return max(useful, self.scaling_config.min_workers)
+        return useful_workers(possible, self._global_batch, self.scaling_config.min_workers)

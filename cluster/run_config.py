@@ -9,6 +9,7 @@ beginning, up to rounding. From a later checkpoint it is a run that changes thes
 import json
 from collections.abc import Set
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -20,6 +21,7 @@ from cluster.storage import Storage, StorageConfig, StorageError, open_storage
 from sepico.taxonomies import Taxonomy
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
+WEIGHTS = "model.encoder_weights"
 CHANGEABLE = {
     "run", "runs", "workers", "cpus_per_worker", "placement_timeout", "max_failures",
     "hang_timeout", "log_every", "checkpoint_every", "keep_last", "keep_best", "fall_back",
@@ -63,7 +65,7 @@ def check_continuation(run: Storage, wanted: dict[str, Any]) -> None:
     """Refuse to continue a run with a configuration that contradicts its own."""
     if not run.exists(CONFIG):
         return
-    for key, (old, new) in differences(load_config(run), wanted, CHANGEABLE).items():
+    for key, (old, new) in contradictions(load_config(run), wanted, CHANGEABLE).items():
         raise ValueError(
             f"run {run.url} was started with {key} = {old!r}, now it is {new!r}: "
             "keep the value or give another --run"
@@ -74,7 +76,7 @@ def check_fork(config: TrainConfig, wanted: dict[str, Any]) -> None:
     """Raise ValueError unless `config.fork` is a checkpoint that this run may begin from."""
     run, checkpoint = find_checkpoint(config)
     parent = load_config(run)
-    changed = differences(parent, wanted, CHANGEABLE | FORKABLE | {"fork"})
+    changed = contradictions(parent, wanted, CHANGEABLE | FORKABLE | {"fork"})
     for key, (old, new) in changed.items():
         raise ValueError(
             f"fork {config.fork} was trained with {key} = {old!r}, this run has {new!r}, and it "
@@ -110,6 +112,18 @@ def prefix_digest(config: TrainConfig) -> str:
     """Equal for runs that compute the same thing before the contrast's start."""
     kept = differences({}, asdict(config), CHANGEABLE | FORKABLE | {"fork"})
     return xxhash.xxh3_64_hexdigest(json.dumps(kept, sort_keys=True).encode())
+
+
+def contradictions(
+    old: dict[str, Any], new: dict[str, Any], changeable: Set[str]
+) -> dict[str, tuple[Any, Any]]:
+    """`differences` that count: a file of weights may lie in another folder, as that of a job that
+    is submitted again does."""
+    found = differences(old, new, changeable)
+    paths = found.get(WEIGHTS, ())
+    if all(paths) and len({Path(path).name for path in paths}) == 1:
+        del found[WEIGHTS]
+    return found
 
 
 def differences(

@@ -14,8 +14,8 @@ from typing import Any
 from cluster.config import TrainConfig, WorkerRange
 from cluster.events import log_event
 from cluster.lease import hold_lease
-from cluster.run_config import CHANGEABLE, differences
-from cluster.storage import StorageError, open_storage
+from cluster.run_config import CHANGEABLE, contradictions, differences
+from cluster.storage import Storage, StorageError, open_storage
 from cluster.sweep_config import SearchConfig, SweepConfig, make_plan
 from cluster.sweep_progress import Progress
 from cluster.sweep_records import read_records
@@ -48,8 +48,11 @@ def sweep(config: SweepConfig, space: str) -> Ranking:
     store.check()
     connect_ray()
     placed, concurrent = _place(plan, search)
+    wanted = _described(plan, search, space)
     with hold_lease(store):
-        store.put(SWEEP, json.dumps(_described(plan, search, space), indent=1).encode())
+        if config.run:  # once more: another may have begun the sweep since
+            _check_same(store, wanted, base)
+        store.put(SWEEP, json.dumps(wanted, indent=1).encode())
         search_space(placed, search, concurrent)
         best = candidates(read_records(store), plan)[: search.top]
         seeds = list(dict.fromkeys([base.seed, *search.seeds]))
@@ -65,20 +68,28 @@ def _planned(config: SweepConfig, space: str) -> tuple[Plan, SearchConfig, str]:
     base, search, space = _settings(config, space)
     plan = make_plan(base, search, space)
     store = open_storage(plan.url, base.storage)
-    if config.run and store.exists(SWEEP):
-        stored = json.loads(store.get(SWEEP))
-        new = json.loads(json.dumps(_described(plan, search, space)))
-        for key, (old, now) in differences(_values(stored), _values(new), CONTINUABLE).items():
-            raise ValueError(
-                f"sweep {store.url} was started with {key} = {old!r}, now it is {now!r}: keep the "
-                "value, continue the sweep as it is by --resume, or give another --run"
-            )
-        _check_space(store.url, stored["space"], space, base)
+    if config.run:
+        _check_same(store, _described(plan, search, space), base)
     return plan, search, space
 
 
 def _described(plan: Plan, search: SearchConfig, space: str) -> dict[str, Any]:
-    return {"config": asdict(plan.base), "search": asdict(search), "space": space}
+    described = {"config": asdict(plan.base), "search": asdict(search), "space": space}
+    return json.loads(json.dumps(described))
+
+
+def _check_same(store: Storage, wanted: dict[str, Any], base: TrainConfig) -> None:
+    """Refuse to continue a sweep with what contradicts its own."""
+    if not store.exists(SWEEP):
+        return
+    stored = json.loads(store.get(SWEEP))
+    found = contradictions(_values(stored), _values(wanted), CONTINUABLE)
+    for key, (old, new) in found.items():
+        raise ValueError(
+            f"sweep {store.url} was started with {key} = {old!r}, now it is {new!r}: keep the "
+            "value, continue the sweep as it is by --resume, or give another --run"
+        )
+    _check_space(store.url, stored["space"], wanted["space"], base)
 
 
 def _values(stored: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +137,8 @@ def _with_given(own: SweepConfig, config: SweepConfig) -> SweepConfig:
         old, new = value_of(own, key), value_of(config, key)
         if key in URLS:
             new = new and absolute_url(new)
-        if old != new and not CONTINUABLE & {key, key.partition(".")[0]}:
+        free = CONTINUABLE & {key, key.partition(".")[0]}
+        if not free and contradictions({key: old}, {key: new}, set()):
             raise ValueError(
                 f"the sweep was started with {key} = {old!r}, now it is {new!r}: leave it out "
                 "beside --resume, or give a new sweep another --run"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cluster.config import TrainConfig
+from cluster.config import TrainConfig, WorkerRange
 from cluster.manifest import read_manifest
 from cluster.storage import open_storage
 from cluster.sweep_space import Point, Space, parse_space, with_values
@@ -78,7 +78,8 @@ class SweepConfig(TrainConfig):
 
 def make_plan(base: TrainConfig, search: SearchConfig, text: str) -> Plan:
     """What all trials have in common. Raises ValueError, in one line, where one could not run."""
-    if base.fork or base.worker_range.min != base.worker_range.max:
+    elastic = isinstance(base.workers, WorkerRange) and base.workers.min != base.workers.max
+    if base.fork or elastic:
         raise ValueError("a sweep takes no fork, and a fixed number of workers for each trial")
     base = resolve(replace(base, workers=base.worker_range.max))
     space = parse_space(text, base)

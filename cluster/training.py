@@ -59,7 +59,12 @@ def train(
     if pauses is None:  # a search has checked its networks before its first trial
         check_network(config)
     connect_ray()
-    cpus = place(config.worker_range, config.cpus_per_worker, config.placement_timeout)
+    cpus = place(
+        config.worker_range,
+        config.cpus_per_worker,
+        config.placement_timeout,
+        global_batch=config.optimization.global_batch,
+    )
     if config.engine.precision == "fp16" and not use_gpu():
         raise ValueError("engine.precision fp16 needs GPUs: take bf16 or fp32")
     with hold_lease(run) as lease:

@@ -22,7 +22,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import (
 )
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from cluster.config import WorkerRange
+from cluster.config import WorkerRange, useful_workers
 from cluster.elasticity import ResizeAfterCheckpoint
 from cluster.errors import WorkError
 from cluster.events import EVENTS
@@ -82,12 +82,12 @@ def _check_address(address: str) -> None:
         ) from None
 
 
-def place(workers: WorkerRange, cpus: int = 0, timeout: float = 0) -> int:
+def place(workers: WorkerRange, cpus: int = 0, timeout: float = 0, *, global_batch: int = 0) -> int:
     """CPU cores of each worker, once the cluster can hold the fewest of `workers`.
 
-    `cpus` 0 takes the largest number that leaves room for as many as there can be. Workers get a
-    GPU each if any node that is there has one: the first node of a cluster that starts empty tells
-    what the others are asked for with.
+    `cpus` 0 takes the largest number that leaves room for as many as there can be, or as
+    `global_batch`, if it is given, has use for. Workers get a GPU each if any node that is there
+    has one: the first node of a cluster that starts empty tells what the others are asked for with.
 
     Waits up to `timeout` seconds for a cluster that grows, then raises ValueError that says what
     was asked and what is there.
@@ -117,6 +117,8 @@ def place(workers: WorkerRange, cpus: int = 0, timeout: float = 0) -> int:
         return cpus
     largest = max(_count(node, "CPU") for node in nodes)
     wanted = min(most, workers.max)
+    if global_batch:
+        wanted = useful_workers(wanted, global_batch, workers.min)
     return next(count for count in range(largest, 0, -1) if _room(nodes, count) >= wanted)
 
 

@@ -64,7 +64,8 @@ class TrainJob(NamedJob):
         source: Labelled source shards.
         target: Unlabelled target shards.
         validation: Labelled validation shards; empty for none.
-        workers: Most workers; a pod and, on GPUs, a GPU each.
+        workers: Most workers; a pod and, on GPUs, a GPU each, less those that would make no step
+            faster.
         min_workers: Fewest workers that the run goes on with, and with the autoscaler also starts
             with: without it KubeRay waits for the pods of all. 0 for `workers`.
         gpu: GPU product by the node label nvidia.com/gpu.product; empty for any.
@@ -125,7 +126,8 @@ def build(job: TrainJob) -> dict[str, Any]:
         raise ValueError(f"overlay {folder} has no RayJob/train")
     settings = objects.get(("ConfigMap", "sepico"), {"data": {}})["data"]
     arguments = job.arguments(settings.get("TRAIN_OPTIONS", ""))
-    parse(TrainConfig, arguments)  # says what is wrong and ends the process
+    # Says what is wrong and ends the process.
+    workers = parse(TrainConfig, arguments).worker_range.max
     pattern["metadata"]["name"] = job.name
     for kind, name in objects:
         if kind == "LocalQueue":
@@ -137,9 +139,9 @@ def build(job: TrainJob) -> dict[str, Any]:
     cluster = spec["rayClusterSpec"]
     (group,) = cluster["workerGroupSpecs"]
     group["minReplicas"] = min(group["minReplicas"], job.min_workers)
-    group["maxReplicas"] = job.workers
+    group["maxReplicas"] = workers
     # The autoscaler brings them as the run asks for them.
-    group["replicas"] = 0 if cluster.get("enableInTreeAutoscaling") else job.workers
+    group["replicas"] = 0 if cluster.get("enableInTreeAutoscaling") else workers
     if job.gpu:
         group["template"]["spec"].setdefault("nodeSelector", {})[GPU_PRODUCT] = job.gpu
     if job.image:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 
@@ -49,6 +50,19 @@ def test_a_run_of_before_colours_were_kept_goes_on(begun):
     del older["taxonomy"]
     run.put("config.json", json.dumps(older).encode())
     check_continuation(run, described(config))
+
+
+@pytest.mark.parametrize(
+    ("now", "same"), [("/b/mit.pth", True), ("/a/other.pth", False), (None, False)]
+)
+def test_weights_may_lie_in_another_folder_as_those_of_a_job_submitted_again(begun, now, same):
+    config = resolve(begun())
+    run = open_storage(config.run, config.storage)
+    stored, wanted = json.loads(run.get("config.json")), described(config)
+    stored["model"]["encoder_weights"], wanted["model"]["encoder_weights"] = "/a/mit.pth", now
+    run.put("config.json", json.dumps(stored).encode())
+    with nullcontext() if same else pytest.raises(ValueError, match=r"model\.encoder_weights"):
+        check_continuation(run, wanted)
 
 
 def test_data_whose_classes_became_others_are_refused(begun, folder, write_dataset, tmp_path):

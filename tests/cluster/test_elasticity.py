@@ -35,8 +35,10 @@ def policy_of(progress, workers: tuple[int, int], cores: float, global_batch: in
     )
     policy = ResizeAfterCheckpoint(scaling, progress, global_batch)
     policy.after_controller_start(SimpleNamespace(run_id="elastic"))
-    yield policy
-    policy.before_controller_abort()
+    try:
+        yield policy
+    finally:
+        policy.before_controller_abort()
 
 
 @pytest.fixture

@@ -64,6 +64,12 @@ def test_an_elastic_run_takes_its_share_of_the_first_node(pod, cpus, autoscale):
     assert nodes == [HEAD, pod]
 
 
+def test_cores_are_shared_out_among_the_workers_that_are_of_use(autoscale):
+    autoscale({"CPU": 28.0, "GPU": 7.0}, most=1)
+    assert place(WorkerRange(1, 8), timeout=60) == 4
+    assert place(WorkerRange(1, 8), global_batch=8) == 7
+
+
 def test_a_cluster_that_does_not_grow_is_an_error_in_the_end(autoscale):
     autoscale(GPU_POD, most=1)
     with pytest.raises(ValueError, match=r"2 asked for with 1 CPU and 1 GPU.*placement_timeout"):

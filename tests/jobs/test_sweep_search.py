@@ -23,7 +23,7 @@ from cluster.config import TrainConfig
 from cluster.run_config import find_checkpoint
 from cluster.storage import open_storage
 from cluster.sweep import check, sweep
-from cluster.sweep_config import SweepConfig
+from cluster.sweep_config import SearchConfig, SweepConfig
 from cluster.sweep_files import best_preset
 from cluster.sweep_records import read_records
 from cluster.sweep_trial import Plan, Trial
@@ -213,6 +213,23 @@ def test_the_command_that_began_a_sweep_continues_it_and_another_is_refused(
         check(configure(data, folder, **without), SPACE)
     with pytest.raises(ValueError, match="another space"):
         check(configure(data, folder, **UNUSUAL), SPACE.replace("300", "200"))
+
+
+def test_a_sweep_that_another_began_meanwhile_is_not_overwritten(
+    swept, data, tmp_path, monkeypatch
+):
+    config = configure(data, tmp_path, **UNUSUAL)
+    theirs = (swept[1] / "sweep/sweep.json").read_text().replace('"weight": 1', '"weight": 2')
+
+    def wait(plan: Plan, _: SearchConfig) -> tuple[Plan, int]:
+        (tmp_path / "sweep").mkdir()
+        (tmp_path / "sweep/sweep.json").write_text(theirs)
+        return plan, 1
+
+    monkeypatch.setattr(sweep_module, "_place", wait)
+    with pytest.raises(ValueError, match=r"contrast\.weight = 2"):
+        sweep(config, SPACE)
+    assert (tmp_path / "sweep/sweep.json").read_text() == theirs
 
 
 def test_the_best_of_a_rung_go_on_whenever_they_come(fast, data, tmp_path):

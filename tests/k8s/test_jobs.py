@@ -42,6 +42,12 @@ def test_a_rendered_job_has_what_was_asked_for_and_nothing_wrong(rendered):
         assert spec["containers"][0]["image"] == asked["image"]
 
 
+def test_a_job_has_no_pods_that_make_no_step_faster():
+    asked = {"workers": 7, "min_workers": 2, "options": "--optimization.global_batch 8"}
+    (group,) = build(TrainJob("run", **DATA, **asked))["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert (group["replicas"], group["maxReplicas"]) == (4, 4)
+
+
 def test_a_job_has_the_options_of_its_overlay_before_its_own():
     job = build(TrainJob("run", **DATA, overlay="production", options="--data.cache /other"))
     command = words(job["spec"]["entrypoint"], {})
