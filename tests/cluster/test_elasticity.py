@@ -1,4 +1,7 @@
-"""A running group follows the cluster's size when it has written a checkpoint, not before."""
+"""A group follows the cluster's size, if it runs when it has written a checkpoint, not before.
+
+It grows only as far as more workers make a step faster.
+"""
 
 import math
 import time

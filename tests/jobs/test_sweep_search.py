@@ -118,6 +118,8 @@ def trained_steps(folder: Path) -> Counter:
     return steps
 
 
+# Of these workers five are of use.
+ELASTIC = '{"min": 5, "max": 7}'
 # Its cores are whatever there are, its workers a range of one number, a seed is repeated.
 UNUSUAL = {
     "cpus_per_worker": "0",
@@ -340,6 +342,11 @@ def test_the_run_of_a_member_that_took_over_another_is_noted_as_replaced(fast, d
         ({"validation.data": ""}, SPACE, ["validation.data is not set"]),
         ({"workers": "4", "cpus_per_worker": "1"}, SPACE, ["workers: 4", "2 CPU", "--workers"]),
         ({"search.algorithm": "pbt"}, "method: {choice: [protocl]}", ["method", "mid-run"]),
+        (
+            {"optimization.global_batch": "8", "workers": ELASTIC},
+            SPACE,
+            ["a fixed number of workers"],
+        ),
         ({"search.algorithm": "grid"}, SPACE, ["contrast.temperature is loguniform", "choice"]),
         ({}, "contrast.temperature: {uniform: [0, 1]}", ["contrast.temperature can be 0"]),
         ({}, "contrast.temprature: {uniform: [1, 2]}", ["temprature", "did you mean"]),

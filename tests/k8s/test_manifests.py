@@ -23,6 +23,7 @@ from tests.k8s.manifests import (
     pod_templates,
     problems,
     render,
+    words,
 )
 
 SHARED = K8S.parents[1] / "shared" / "kuberay"
@@ -110,6 +111,13 @@ def test_sweep_and_interactive_cluster_have_the_pods_of_train(rendered, overlay)
     interactive = find(rendered[overlay], "RayCluster", "interactive")["spec"]
     for group in ("headGroupSpec", "workerGroupSpecs"):
         assert interactive[group] == cluster[group]
+
+
+def test_a_sweep_takes_the_options_of_its_overlay(rendered):
+    sweep = find(rendered["production"], "RayJob", "sweep")
+    settings = find(rendered["production"], "ConfigMap", "sepico")["data"]
+    command = words(sweep["spec"]["entrypoint"], settings)
+    assert command[command.index("/cache") - 1] == "--data.cache"
 
 
 def test_applying_an_overlay_for_gpus_starts_nothing(rendered):
