@@ -1,7 +1,8 @@
 """MiT's blocks with less to keep for the backward; the same numbers and parameter names.
 
-Of 18 values a channel and token that a block keeps, 4 are the GELU's output, which costs little to
-compute again, and attention's probabilities, one for each pair of tokens and head, come on top.
+Of 18 values a channel and token that a block keeps, 8 are what the depthwise convolution and the
+GELU answer, which costs little to compute again, and attention's probabilities, one for each pair
+of tokens and head, come on top.
 
 Xie et al.: SegFormer (NeurIPS 2021), sections 3.1 (attention) and eq. 3 (Mix-FFN).
 """
@@ -37,29 +38,63 @@ class Attention(mix_transformer.Attention):
         return self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
 
 
-class _GeluLinear(nn.Linear):
-    """GELU and the linear layer behind it, as one that keeps only the GELU's input."""
+class Mlp(mix_transformer.Mlp):
+    """Mix-FFN without dropout that keeps less of what it computes in its widest layers.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C_in) -> (B, N, C_out)."""
-        # Under autocast x comes from a convolution, in the dtype that this product has there too.
-        return _GeluLinearFunction.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+    The GELU's output is computed again, and on CPUs that of the depthwise convolution too; on GPUs
+    the convolution is not that cheap.
+    """
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """(B, h w, C) -> (B, h w, C)."""
+        grid = self.fc1(x).transpose(1, 2).unflatten(2, (height, width))
+        return self.fc2(*self.dwconv.dwconv(grid))
+
+
+class _DepthwiseConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, h, w) -> (B, C, h, w), and on CPUs what it can be computed from again."""
+        y = super().forward(x)
+        if x.device.type != "cpu":
+            return (y,)
+        # Copies: under ZeRO 3 the parameters are elsewhere when fc2 runs, in either direction.
+        kernel = (parameter.detach().to(x.dtype, copy=True) for parameter in self.parameters())
+        return y, x.detach(), *kernel
+
+
+class _GeluLinear(nn.Linear):
+    """GELU of a depthwise convolution, and the linear layer behind it."""
+
+    def forward(self, grid: Tensor, *source: Tensor) -> Tensor:
+        """What `_DepthwiseConv` answers -> (B, h w, C_out)."""
+        # Under autocast all come from a convolution, in the dtype that this product has there too.
+        parameters = self.weight.to(grid.dtype), self.bias.to(grid.dtype)
+        return _GeluLinearFunction.apply(grid, *parameters, *source)
 
 
 class _GeluLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, grid, weight, bias, *source):
+        ctx.save_for_backward(weight, *(source or (grid,)))
         # Not `F.linear`: DeepSpeed puts its own in its place under ZeRO 3, which rounds otherwise.
-        return torch.ops.aten.linear(F.gelu(x), weight, bias)
+        return torch.ops.aten.linear(F.gelu(_tokens(grid)), weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        weight, grid, *kernel = ctx.saved_tensors
+        if kernel:
+            grid = F.conv2d(grid, *kernel, padding=1, groups=grid.shape[1])
+        x = _tokens(grid)
         rows = grad.flatten(0, -2)
         grad_weight = rows.t() @ F.gelu(x).flatten(0, -2)
         grad_x = torch.ops.aten.gelu_backward(grad @ weight, x)
-        return grad_x, grad_weight, rows.sum(0)
+        grad_grid = grad_x.transpose(1, 2).unflatten(2, grid.shape[2:])
+        return grad_grid, grad_weight, rows.sum(0), None, None, None
+
+
+def _tokens(grid: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h w, C)."""
+    return grid.flatten(2).transpose(1, 2)
 
 
 def keep_less(encoder: nn.Module) -> None:
@@ -68,5 +103,6 @@ def keep_less(encoder: nn.Module) -> None:
         if type(module) is mix_transformer.Attention:
             module.__class__ = Attention
         elif type(module) is mix_transformer.Mlp and module.drop.p == 0:
-            module.act = nn.Identity()
+            module.__class__ = Mlp
+            module.dwconv.dwconv.__class__ = _DepthwiseConv
             module.fc2.__class__ = _GeluLinear

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sepico.heads.layers import (
+    Conv1x1,
     DilatedDepthwiseConv,
     StagedConv1x1,
     conv_norm_act,
@@ -29,7 +30,6 @@ class SeparableASPP(nn.Module):
             nn.Sequential(
                 StagedConv1x1(in_channels, channels),
                 nn.BatchNorm2d(channels),
-                nn.ReLU(inplace=True),
             )
             if dilation == 1
             else nn.Sequential(
@@ -38,7 +38,7 @@ class SeparableASPP(nn.Module):
                     nn.BatchNorm2d(width),
                     nn.ReLU(inplace=True),
                 ),
-                conv_norm_act(width, channels),
+                nn.Sequential(Conv1x1(width, channels), nn.BatchNorm2d(channels)),
             )
             for dilation in dilations
         )
@@ -55,7 +55,8 @@ class SeparableASPP(nn.Module):
             branch(features if dilation == 1 else whole)
             for branch, dilation in zip(self.branches, self.dilations, strict=True)
         ]
-        return self.bottleneck(torch.cat(outputs, 1))
+        # The branches' last ReLU is one over all, whose output alone is kept for the backward.
+        return self.bottleneck(torch.cat(outputs, 1).relu_())
 
 
 class DAFormerHead(nn.Module):

@@ -65,5 +65,5 @@ def test_stages_and_gradients_are_those_of_the_original(dtype, tolerance, which,
 def test_less_is_kept_for_the_backward(encoders):
     images = torch.rand(1, 3, 256, 256)
     theirs, ours, fused = (run(encoder, images)[2] for encoder in encoders)
-    assert ours < 0.9 * theirs
+    assert ours < 0.7 * theirs
     assert fused < 0.9 * ours
