@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_grad
+from segmentation_models_pytorch.encoders import encoders
 from timm.models import register_model
 from timm.models.efficientnet import _gen_test_efficientnet
 from torch.nn import functional as F
@@ -46,21 +47,34 @@ def half_test_efficientnet(pretrained: bool = False, **options: object) -> torch
     return _gen_test_efficientnet("test_efficientnet", 0.5, pretrained=pretrained, **options)
 
 
+# A block a stage, without drop-path, whose draws depend on how images are spread over workers.
+encoders["tiny_mit"] = encoders["mit_b0"] | {
+    "params": encoders["mit_b0"]["params"]
+    | {
+        "out_channels": (3, 0, 8, 16, 16, 32),
+        "embed_dims": [8, 16, 16, 32],
+        "num_heads": [1, 2, 2, 4],
+        "depths": [1, 1, 1, 1],
+        "drop_path_rate": 0.0,
+    }
+}
+
+
 def method_config(method: str, start: int) -> MethodConfig:
     """A tiny network, a constant rate (a warm-up would hide errors), no dropout.
 
     "distcl per stage" has a projection, statistics and a loss for each of two encoder stages,
     "distcl masked" the loss of masked target crops besides; "distcl day-night" labels the target
-    with the help of reference images; "distcl micro" takes an image at a time, for which
-    batch-norm is frozen and the regulariser off. What a variant changes of the engine, see
-    `engine_config`.
+    with the help of reference images; "distcl mit" has a MixTransformer; "distcl micro" takes an
+    image at a time, for which batch-norm is frozen and the regulariser off. What a variant changes
+    of the engine, see `engine_config`.
     """
     method, _, variant = method.partition(" ")
     stages, day_night, micro = (variant == v for v in ("per stage", "day-night", "micro"))
     return MethodConfig(
         method=method,
         model=ModelConfig(
-            encoder="tu-half_test_efficientnet",
+            encoder="tiny_mit" if variant == "mit" else "tu-half_test_efficientnet",
             encoder_weights=None,
             head_channels=16,
             head_dilations=(1, 2),
