@@ -29,7 +29,8 @@ WINDOW = 256
 # Work taken from the sequence at a time: what lies side by side in it is read by one request.
 MERGE_WINDOW = 64
 MERGE_BYTES = 2 << 20
-MERGE_GAP = 64 << 10
+# What is read over in vain costs less than a request of its own.
+MERGE_GAP = 256 << 10
 
 T = TypeVar("T")
 
