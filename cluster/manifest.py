@@ -92,6 +92,11 @@ class Manifest:
         same = self.heights.min() == self.heights.max() and self.widths.min() == self.widths.max()
         return size if same else None
 
+    def span(self, indices: Sequence[int]) -> tuple[int, int]:
+        """Where samples of one shard, sorted by place, begin and end in it, bytes."""
+        end = self.offsets[indices[-1]] + self.lengths[indices[-1]]
+        return int(self.offsets[indices[0]]), int(end)
+
 
 def write_manifest(
     storage: Storage,

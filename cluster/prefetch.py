@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import pyarrow as pa
 
@@ -29,7 +29,7 @@ WINDOW = 256
 # Work taken from the sequence at a time: what lies side by side in it is read by one request.
 MERGE_WINDOW = 64
 MERGE_BYTES = 2 << 20
-# What is read over in vain costs less than a request of its own.
+# Reading over it takes a connection of 85 MB/s 3 ms, less than a store takes to answer a request.
 MERGE_GAP = 256 << 10
 
 T = TypeVar("T")
@@ -43,14 +43,25 @@ class Work(Generic[T]):
     prepare: Callable[..., T]
 
 
+class _Payload(NamedTuple):
+    """A sample's bytes: their place in a request's answer, and its share of what that holds."""
+
+    request: Future[list[pa.Buffer]]
+    place: int
+    nbytes: int
+
+
 @dataclass
 class _Pending(Generic[T]):
     work: Work[T]
-    nbytes: int
-    payloads: list[tuple[Future[list[pa.Buffer]], int]]  # request, place in its answer
+    payloads: list[_Payload]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(payload.nbytes for payload in self.payloads)
 
     def run(self) -> T:
-        return self.work.prepare(*(request.result()[place] for request, place in self.payloads))
+        return self.work.prepare(*(p.request.result()[p.place] for p in self.payloads))
 
 
 class Prefetcher(Iterator[T]):
@@ -111,20 +122,24 @@ class Prefetcher(Iterator[T]):
 
     def _request_more(self) -> bool:
         """Ask for the next work's bytes, as much as is looked at together; False at the end."""
-        works = []
+        works, nbytes = [], self._nbytes
         for work in islice(self._works, MERGE_WINDOW):
             works.append(work)
-            self._nbytes += _nbytes(work)
-            if self._nbytes >= BUDGET_BYTES:
+            nbytes += _nbytes(work)
+            if nbytes >= BUDGET_BYTES:
                 break
         payloads = {}
         for reader, indices in merge_neighbours(read for work in works for read in work.reads):
             request = self._fetchers.submit(reader.fetch, indices)
             self._requests.append(request)
-            payloads |= {(reader, i): (request, place) for place, i in enumerate(indices)}
+            begin, end = reader.manifest.span(indices)
+            share = (end - begin) // len(indices)  # of the gaps too, which are held as long
+            for place, index in enumerate(indices):
+                payloads[reader, index] = _Payload(request, place, share)
         for work in works:
-            reads = [payloads[read] for read in work.reads]
-            self._fetching.append(_Pending(work, _nbytes(work), reads))
+            pending = _Pending(work, [payloads[read] for read in work.reads])
+            self._nbytes += pending.nbytes
+            self._fetching.append(pending)
         return bool(works)
 
 

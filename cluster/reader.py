@@ -80,8 +80,7 @@ class ShardReader:
         self._ranges.counters.add(samples=len(indices))
         manifest = self.manifest
         shard = manifest.shards[manifest.shard[indices[0]]]
-        begin = int(manifest.offsets[indices[0]])
-        end = int(manifest.offsets[indices[-1]] + manifest.lengths[indices[-1]])
+        begin, end = manifest.span(indices)
         if self._cache is not None:
             cached = self._cache.read(self._ranges, shard, begin, end - begin)
             if cached is not None and self._damaged(indices, cached) is None:

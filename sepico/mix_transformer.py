@@ -1,8 +1,8 @@
 """MiT's blocks with less to keep for the backward; the same numbers and parameter names.
 
 Of 18 values a channel and token that a block keeps, 8 are what the depthwise convolution and the
-GELU answer, which costs little to compute again, and attention's probabilities, one for each pair
-of tokens and head, come on top.
+GELU answer. The GELU's cost little to compute again, on CPUs the convolution's too. Attention's
+probabilities, one for each pair of tokens and head, come on top.
 
 Xie et al.: SegFormer (NeurIPS 2021), sections 3.1 (attention) and eq. 3 (Mix-FFN).
 """
@@ -10,6 +10,7 @@ Xie et al.: SegFormer (NeurIPS 2021), sections 3.1 (attention) and eq. 3 (Mix-FF
 import torch
 from segmentation_models_pytorch.encoders import mix_transformer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -39,23 +40,21 @@ class Attention(mix_transformer.Attention):
 
 
 class Mlp(mix_transformer.Mlp):
-    """Mix-FFN without dropout that keeps less of what it computes in its widest layers.
-
-    The GELU's output is computed again, and on CPUs that of the depthwise convolution too; on GPUs
-    the convolution is not that cheap.
-    """
+    """Mix-FFN without dropout that keeps less of what it computes in its widest layers."""
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """(B, h w, C) -> (B, h w, C)."""
-        grid = self.fc1(x).transpose(1, 2).unflatten(2, (height, width))
-        return self.fc2(*self.dwconv.dwconv(grid))
+        # No name for what lies between: it would live for longer than it is needed.
+        return self.fc2(
+            *self.dwconv.dwconv(self.fc1(x).transpose(1, 2).unflatten(2, (height, width)))
+        )
 
 
 class _DepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, C, h, w) -> (B, C, h, w), and on CPUs what it can be computed from again."""
         y = super().forward(x)
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or not y.requires_grad:
             return (y,)
         # Copies: under ZeRO 3 the parameters are elsewhere when fc2 runs, in either direction.
         kernel = (parameter.detach().to(x.dtype, copy=True) for parameter in self.parameters())
@@ -67,7 +66,7 @@ class _GeluLinear(nn.Linear):
 
     def forward(self, grid: Tensor, *source: Tensor) -> Tensor:
         """What `_DepthwiseConv` answers -> (B, h w, C_out)."""
-        # Under autocast all come from a convolution, in the dtype that this product has there too.
+        # Under autocast a convolution's dtype is the one that this product has there too.
         parameters = self.weight.to(grid.dtype), self.bias.to(grid.dtype)
         return _GeluLinearFunction.apply(grid, *parameters, *source)
 
@@ -80,6 +79,7 @@ class _GeluLinearFunction(torch.autograd.Function):
         return torch.ops.aten.linear(F.gelu(_tokens(grid)), weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         weight, grid, *kernel = ctx.saved_tensors
         if kernel:

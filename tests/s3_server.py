@@ -64,7 +64,7 @@ def run_s3_server(folder: Path) -> Iterator[S3Server]:
     command = [
         Path(sysconfig.get_path("scripts")) / "weed", "server", f"-dir={folder}",
         "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=500", "-master.volumeSizeLimitMB=64",
-        # Of chunks of 8 MB, the default, it would read a whole one for a range over 256 KB.
+        # Of chunks of 4 MB, the default, it would read a whole one for a range over 256 KB.
         "-filer", "-filer.maxMB=1", "-s3", f"-s3.config={folder / 's3.json'}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", *(f"-{k}={v}" for k, v in ports.items()),
     ]  # fmt: skip

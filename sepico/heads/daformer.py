@@ -51,12 +51,15 @@ class SeparableASPP(nn.Module):
             size = features[0].shape[-2:]
             # Lowered once: every branch would keep a copy of its own for the backward.
             whole = lowered(torch.cat([resize(feature, size) for feature in features], 1))
-        outputs = [
-            branch(features if dilation == 1 else whole)
-            for branch, dilation in zip(self.branches, self.dilations, strict=True)
-        ]
+        joined = torch.cat(
+            [
+                branch(features if dilation == 1 else whole)
+                for branch, dilation in zip(self.branches, self.dilations, strict=True)
+            ],
+            1,
+        )
         # The branches' last ReLU is one over all, whose output alone is kept for the backward.
-        return self.bottleneck(torch.cat(outputs, 1).relu_())
+        return self.bottleneck(joined.relu_())
 
 
 class DAFormerHead(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cluster.activation_checkpointing import checkpoint_activations
+from sepico.mix_transformer import keep_less
 
 # One of each family: transformer with drop-path, bottlenecks, timm's with squeeze-excite, and
 # blocks that hold a parameter themselves.
@@ -16,7 +17,9 @@ ENCODERS = ("mit_b0", "resnet18", "tu-test_efficientnet", "tu-test_convnext")
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return smp.encoders.get_encoder(name, weights=None).train()
+    encoder = smp.encoders.get_encoder(name, weights=None).train()
+    keep_less(encoder)
+    return encoder
 
 
 def step(encoder: nn.Module) -> tuple[dict[str, torch.Tensor], int]:

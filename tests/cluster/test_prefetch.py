@@ -111,6 +111,26 @@ def test_bytes_ahead_stay_within_the_budget(reader, monkeypatch):
     stream.close()
 
 
+def test_what_is_read_over_counts_as_bytes_ahead(reader, monkeypatch):
+    """Of the first shard's 5 samples the outer two are wanted, the others come with them."""
+    lengths = reader.manifest.lengths
+    monkeypatch.setattr(prefetch, "MERGE_GAP", int(lengths[:5].sum()))
+    monkeypatch.setattr(prefetch, "BUDGET_BYTES", int(lengths[:5].sum()))
+    monkeypatch.setattr(prefetch, "MERGE_WINDOW", 2)
+    stand_in = StandIn(reader.manifest)
+    taken = []
+
+    def works():
+        for turn in range(40):
+            taken.append(turn)
+            yield Work([(stand_in, 4 * (turn % 2))], len)
+
+    stream = Prefetcher(works(), threads=1, ahead=1)
+    # The result, and two requests of two samples: after one the window is not half full any more.
+    assert max(len(taken) - turn for turn, _ in enumerate(stream)) <= 1 + 2 * 2
+    stream.close()
+
+
 def test_results_are_prepared_ahead_however_large_they_are(reader, monkeypatch):
     monkeypatch.setattr(prefetch, "BUDGET_BYTES", 1)
     prepared = threading.Semaphore(0)

@@ -1,17 +1,18 @@
 """MiT with our layers beside the one of segmentation-models-pytorch."""
 
 import copy
+from functools import partial
 
 import pytest
 import segmentation_models_pytorch as smp
 import torch
 
-from sepico.mix_transformer import Attention, keep_less
+from sepico.mix_transformer import Attention, _DepthwiseConv, keep_less
 
 
 @pytest.fixture(scope="module")
 def encoders():
-    """Theirs, ours, and ours with the attention that other devices than CPUs have."""
+    """Theirs, ours, and ours with the attention and the Mix-FFN of other devices than CPUs."""
     torch.manual_seed(0)
     theirs = smp.encoders.get_encoder("mit_b0", weights=None).eval()  # drop-path draws otherwise
     ours = copy.deepcopy(theirs)
@@ -20,7 +21,13 @@ def encoders():
     for module in fused.modules():
         if isinstance(module, Attention):
             module.forward = module.fused
+        elif isinstance(module, _DepthwiseConv):
+            module.forward = partial(_without_source, module.forward)
     return theirs, ours, fused
+
+
+def _without_source(convolve, x):
+    return convolve(x)[:1]
 
 
 def run(encoder, images, dtype=torch.float32):
@@ -66,4 +73,4 @@ def test_less_is_kept_for_the_backward(encoders):
     images = torch.rand(1, 3, 256, 256)
     theirs, ours, fused = (run(encoder, images)[2] for encoder in encoders)
     assert ours < 0.7 * theirs
-    assert fused < 0.9 * ours
+    assert fused < 0.8 * theirs
