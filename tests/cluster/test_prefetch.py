@@ -126,7 +126,7 @@ def test_what_is_read_over_counts_as_bytes_ahead(reader, monkeypatch):
             yield Work([(stand_in, 4 * (turn % 2))], len)
 
     stream = Prefetcher(works(), threads=1, ahead=1)
-    # The result, and two requests of two samples: after one the window is not half full any more.
+    # The result, and two requests of two samples: half of one is taken when the other is sent.
     assert max(len(taken) - turn for turn, _ in enumerate(stream)) <= 1 + 2 * 2
     stream.close()
 
