@@ -15,6 +15,9 @@ def encoders():
     """Theirs, ours, and ours with the attention and the Mix-FFN of other devices than CPUs."""
     torch.manual_seed(0)
     theirs = smp.encoders.get_encoder("mit_b0", weights=None).eval()  # drop-path draws otherwise
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("bias"):  # it begins at zero, where it is not missed
+            parameter.data.normal_(0, 0.02)
     ours = copy.deepcopy(theirs)
     keep_less(ours)
     fused = copy.deepcopy(ours)
@@ -54,9 +57,9 @@ def run(encoder, images, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["ours", "fused"])
-# The tolerance of bf16 is a rounding of its largest values, of either side.
+# bf16 is itself off by 4e-2 of the largest value; attention of another kernel rounds otherwise.
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"]
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)], ids=["fp32", "bf16"]
 )
 def test_stages_and_gradients_are_those_of_the_original(dtype, tolerance, which, encoders):
     images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
