@@ -29,7 +29,7 @@ from cluster.storage import StorageConfig, open_storage
 from sepico.taxonomies import CITYSCAPES_19
 
 SHARD_BYTES = 64 << 20
-AHEAD = 8
+AHEAD = 4
 Samples = list[tuple[str, bytes, np.ndarray, bytes]]
 
 
