@@ -10,6 +10,7 @@ and the store's client release the GIL, so no sample is copied between processes
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,8 +26,9 @@ from cluster.reader import ShardReader
 # Threads that wait for object storage: a store that takes 50 ms sends 70 MB/s, some 360 samples, to
 # so many. Twice as many take 15 MB and a tenth of the CPU time of reading more.
 REQUESTS_IN_FLIGHT = 16
-# The wide window, in bytes that are held and in samples. What it asks for at once is read by one
-# request where it lies side by side, so it is filled again only when a quarter of it is left.
+# The wide window, in bytes of samples, to which the gaps between them come, and in works. What it
+# asks for at once is read by one request where it lies side by side, so it is filled again only
+# when a quarter of what it holds is left.
 BUDGET_BYTES = 28 << 20
 WINDOW = 256
 REFILL = 0.25
@@ -47,7 +49,7 @@ class Work(Generic[T]):
 
 @dataclass
 class _Request:
-    """The bytes of one range, asked for or there: held until the last sample in them is taken."""
+    """The bytes of one range, asked for or there; they count until the last sample is taken."""
 
     bodies: Future[list[pa.Buffer]]
     nbytes: int  # with the gaps that are read over
@@ -119,7 +121,7 @@ class Prefetcher(Iterator[T]):
         return pending
 
     def _request(self, most: int) -> bool:
-        """Ask for the bytes of the next works, `most` at most, within the budget; False if none."""
+        """Ask for the next works, `most` at most, until they fill the budget; False if none."""
         works, nbytes = [], self._nbytes
         for work in islice(self._works, most):
             works.append(work)
@@ -169,7 +171,7 @@ def _share_heaps() -> None:
     """Let the threads of this process share two heaps, where it still has few threads: each would
     keep what it freed in one of its own, 15 MB in all. Other C libraries than glibc do not."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
         arena_max = -8  # M_ARENA_MAX
         mallopt(arena_max, 2)
 
