@@ -12,13 +12,13 @@ from torch import nn
 
 from cluster.config import TrainConfig, ValidationConfig
 from cluster.deepspeed_config import BUCKET_ELEMENTS
-from cluster.engine import parameter_groups
 from cluster.manifest import Manifest, read_manifest
 from cluster.sampling import Sampler
 from cluster.storage import StorageConfig, open_storage
 from cluster.training import resolve
 from cluster.urls import absolute_url
 from sepico.network import Segmentor, check_model
+from sepico.optimizer import parameter_groups
 from sepico.schedule import contrast_start_step, is_due, learning_rate
 
 MIB = 1024**2

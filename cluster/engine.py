@@ -6,7 +6,6 @@ told otherwise; several backwards before one step are wrong for stages 1 and 2 u
 reduction is coalesced; flat ZeRO partitions feed zeros to parameters that have no gradient.
 """
 
-import ctypes
 import importlib
 import math
 import os
@@ -21,9 +20,11 @@ from torch import Tensor, nn
 
 from cluster.config import EngineConfig
 from cluster.deepspeed_config import ZERO_3, deepspeed_config
+from cluster.hardware import keep_freed_memory
 from cluster.loss_scale import LossScale
 from cluster.partitions import held_weights
 from sepico.config import OptimizationConfig
+from sepico.optimizer import PausableAdamW, parameter_groups
 from sepico.schedule import learning_rate
 from sepico.teacher import Teacher
 
@@ -32,74 +33,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 import deepspeed
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """Dtype of the autocast for a precision, None for none."""
-    if precision == "auto":
-        if torch.cuda.is_available():
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            capability = torch.backends.cpu.get_cpu_capability()
-            fast = "AVX512" in capability and _cpu_has_bf16()
-        precision = "bf16" if fast else "fp32"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-
-
-def _cpu_has_bf16() -> bool:
-    try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            flags = cpuinfo.read()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-class PausableAdamW(torch.optim.AdamW):
-    """AdamW whose groups can wait: a group with `paused` neither moves nor counts the step.
-
-    Plain torch skips a parameter without a gradient; ZeRO's flat partitions hand it zeros
-    instead, which would decay it and advance its bias correction. A paused group is stepped with
-    rate 0 and its step count put back to 0, so that it starts as if the run began there.
-    """
-
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        for group in self.param_groups:
-            if group["paused"]:
-                for parameter in group["params"]:
-                    if parameter in self.state:
-                        self.state[parameter]["step"].zero_()
-        return loss
-
-
-def parameter_groups(network: nn.Module, config: OptimizationConfig) -> list[dict[str, Any]]:
-    """AdamW groups: {encoder, head, projection} x {decayed, not decayed}, empty ones left out."""
-    norm_types = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-    undecayed = {
-        id(parameter)
-        for module in network.modules()
-        if isinstance(module, norm_types)
-        for parameter in module.parameters(recurse=False)
-    }
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    for name, parameter in network.named_parameters():
-        part = name.split(".")[0]
-        decayed = id(parameter) not in undecayed and not any(
-            part in name for part in ("pos_block", "pos_embed")
-        )
-        group = groups.setdefault(
-            (part, decayed),
-            {
-                "name": f"{part}{'' if decayed else ' (no decay)'}",
-                "params": [],
-                "multiplier": 1.0 if part == "encoder" else config.head_lr_multiplier,
-                "weight_decay": config.weight_decay if decayed else 0.0,
-                "paused": False,
-            },
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
 
 
 def adopt_process_group() -> None:
@@ -136,16 +69,6 @@ def _gather_by_broadcasts(
     if not async_op:
         works.wait()
     return works
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the blocks that a step frees: it would hand them back to the kernel and fault
-    them in again in the next step, 8 % of a step on CPU. Other C libraries are left alone."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_max, 0)  # large blocks come from the heap too, where they can stay
 
 
 def set_up_process(cpus: int) -> torch.device:

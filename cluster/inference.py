@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cluster.engine import autocast_dtype, set_up_process
+from cluster.engine import set_up_process
 from cluster.evaluation import EvaluationTask, Output, mean_ious, task_networks
+from cluster.hardware import autocast_dtype
 from cluster.loader import load_samples
 from cluster.manifest import Manifest
 from cluster.reader import Sample, ShardReader, open_reader

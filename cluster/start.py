@@ -14,7 +14,8 @@ from cluster.activation_checkpointing import checkpoint_activations
 from cluster.checkpoint_format import Checkpoint, delete_incomplete, list_checkpoints
 from cluster.checkpoints import RunState, restore_checkpoint
 from cluster.config import TrainConfig
-from cluster.engine import Engine, autocast_dtype, shard_teacher
+from cluster.engine import Engine, shard_teacher
+from cluster.hardware import autocast_dtype
 from cluster.lease import Lease, LeaseError
 from cluster.process_group import TIMEOUT
 from cluster.run_config import find_checkpoint

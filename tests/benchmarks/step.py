@@ -30,15 +30,11 @@ import torch
 from torch.nn import functional as F
 
 from cluster.config import TrainConfig
-from cluster.engine import (
-    PausableAdamW,
-    autocast_dtype,
-    keep_freed_memory,
-    parameter_groups,
-)
+from cluster.hardware import autocast_dtype, keep_freed_memory
 from jobs.command_line import parse
 from sepico.contrast import PixelContrast
 from sepico.network import build_segmentor
+from sepico.optimizer import PausableAdamW, parameter_groups
 from sepico.step import AdaptationStep, StepBatch
 from sepico.teacher import Teacher
 

@@ -21,13 +21,8 @@ from torch.nn import functional as F
 from cluster.activation_checkpointing import checkpoint_activations
 from cluster.checkpoints import CheckpointWriter, RunState
 from cluster.config import TrainConfig
-from cluster.engine import (
-    Engine,
-    adopt_process_group,
-    autocast_dtype,
-    keep_freed_memory,
-    shard_teacher,
-)
+from cluster.engine import Engine, adopt_process_group, shard_teacher
+from cluster.hardware import autocast_dtype, keep_freed_memory
 from cluster.lease import Lease
 from cluster.storage import StorageConfig, open_storage
 from jobs.command_line import parse

@@ -154,7 +154,7 @@ def build(
     device: torch.device | None = None,
     precision: str = "fp32",
 ) -> tuple[torch.nn.Module, Teacher | None, PixelContrast | None]:
-    from cluster.engine import autocast_dtype
+    from cluster.hardware import autocast_dtype
 
     torch.manual_seed(0)
     adapts = config.method != "source_only"
@@ -232,7 +232,7 @@ def _named(kind: str, tensors: dict) -> dict:
 def _plain_run(
     config: MethodConfig, steps: int, precision: str, device: torch.device
 ) -> tuple[dict, dict]:
-    from cluster.engine import parameter_groups
+    from sepico.optimizer import parameter_groups
 
     network, teacher, contrast = build(config, device=device, precision=precision)
     use_batch_norm(network, config)
