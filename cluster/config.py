@@ -15,7 +15,8 @@ class EngineConfig:
 
     Attributes:
         zero_stage: DeepSpeed ZeRO stage: 0 replicates, 1 shards optimiser state, 2 gradients too,
-            3 parameters too.
+            3 parameters too. One worker alone takes 0 for 1 and 2, unless `deepspeed` or
+            `offload_optimizer` is given.
         precision: "bf16" is autocast over float32 parameters; "auto" takes it where the hardware
             computes in it. "fp16", for GPUs before Ampere, besides scales the loss.
         batch_norm: Statistics over all workers ("sync"), the running ones ("frozen"), or those of
@@ -37,6 +38,16 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.offload_optimizer and not self.zero_stage:
             raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+
+    def for_workers(self, workers: int) -> "EngineConfig":
+        """What a group of so many workers runs with.
+
+        One alone has nobody to share with: ZeRO 1 and 2 would only hold its parameters twice, and
+        copy and measure the gradients one by one, which a GPU waits for.
+        """
+        asked = self.offload_optimizer or self.deepspeed
+        alone = workers == 1 and self.zero_stage in (1, 2) and not asked
+        return replace(self, zero_stage=0) if alone else self
 
 
 @dataclass

@@ -78,10 +78,13 @@ def model_state_bytes(parameters: int, stage: int, workers: int, *, teacher: boo
 def _print_memory(config: TrainConfig, total: int, adapts: bool) -> None:
     workers = config.worker_range.min
     print(f"model states      per worker of {workers}, ZeRO stage: MiB")
-    chosen = config.engine.zero_stage
+    chosen = config.engine.for_workers(workers).zero_stage
+    mark = "  <- engine.zero_stage"
+    if chosen != config.engine.zero_stage:
+        mark += f" {config.engine.zero_stage}, of one worker alone"
     for stage in (0, 1, 2, 3):
         size = model_state_bytes(total, stage, workers, teacher=adapts) / MIB
-        print(f"  {stage}: {size:,.0f}{'  <- engine.zero_stage' if stage == chosen else ''}")
+        print(f"  {stage}: {size:,.0f}{mark if stage == chosen else ''}")
 
 
 def all_reduced_bytes(config: TrainConfig, network: Segmentor) -> dict[str, int]:

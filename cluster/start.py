@@ -96,7 +96,7 @@ def begin_state(config: TrainConfig, device: torch.device, start: Start) -> tupl
         checkpoint_activations(network.encoder)
     engine = Engine(
         network,
-        config.engine,
+        config.engine.for_workers(dist.get_world_size()),
         config.optimization,
         projection_start=contrast_start_step(config.contrast.start, config.optimization),
     )

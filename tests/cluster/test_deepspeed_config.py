@@ -1,6 +1,7 @@
 """A user's DeepSpeed JSON adds to ours and never contradicts it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -77,3 +78,19 @@ def test_a_file_is_read_and_a_missing_or_broken_one_is_named(tmp_path):
 def test_offload_needs_a_sharded_optimiser():
     with pytest.raises(ValueError, match="offload_optimizer needs"):
         EngineConfig(zero_stage=0, offload_optimizer=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "workers", "taken"),
+    [
+        ({"zero_stage": 1}, 1, 0),
+        ({"zero_stage": 2}, 1, 0),
+        ({"zero_stage": 3}, 1, 3),
+        ({"zero_stage": 1}, 2, 1),
+        ({"zero_stage": 1, "offload_optimizer": True}, 1, 1),
+        ({"zero_stage": 1, "deepspeed": "{}"}, 1, 1),
+    ],
+)
+def test_a_worker_alone_shards_nothing_unless_more_was_asked_for(asked, workers, taken):
+    config = EngineConfig(**asked)
+    assert config.for_workers(workers) == replace(config, zero_stage=taken)

@@ -111,8 +111,9 @@ def test_a_published_experiment_dry_runs_without_its_data(task, head, method, ca
     parameters = PARAMETERS[head]
     assert f"method            {method}, 19 classes, crops 640x640" in printed
     assert f"in all {parameters:>28,}" in printed
-    # One worker, ZeRO 1: 24 bytes a parameter and the bucket of 100 MB.
-    assert f"1: {(24 * parameters + 1e8) / 2**20:,.0f}  <- engine.zero_stage" in printed
+    # One worker alone replicates, 20 bytes a parameter; ZeRO 1 takes 24 and a bucket of 100 MB.
+    assert f"0: {20 * parameters / 2**20:,.0f}  <- engine.zero_stage 1, of one worker" in printed
+    assert f"1: {(24 * parameters + 1e8) / 2**20:,.0f}\n" in printed
     assert f"gradients  {4 * parameters:>14,}" in printed
     assert f"statistics {8 * (19 * (2 * 512 + 1) + 1 + 1):>14,}" in printed
     source, target = STEPS_AN_EPOCH[task]

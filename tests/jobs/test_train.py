@@ -155,6 +155,8 @@ def test_a_run_with_too_few_steps_left_says_that_it_measures_none(continued):
 
 def test_a_killed_run_goes_on_with_fewer_workers(trained, killed):
     run, _ = go_on(killed, "fewer", workers="1")
+    stages = [checkpoint.zero_stage for checkpoint in list_checkpoints(run)]
+    assert (stages[0], stages[-1]) == (1, 0), "a worker alone shards nothing"
     for one, two in zip(losses_at(run), losses(metrics(trained[0])), strict=True):
         assert one == pytest.approx(two, rel=2e-3)
 
