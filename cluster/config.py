@@ -43,7 +43,7 @@ class EngineConfig:
         """What a group of so many workers runs with.
 
         One alone has nobody to share with: ZeRO 1 and 2 would only hold its parameters twice, and
-        copy and measure the gradients one by one, which a GPU waits for.
+        launch more small kernels for each of them.
         """
         asked = self.offload_optimizer or self.deepspeed
         alone = workers == 1 and self.zero_stage in (1, 2) and not asked

@@ -12,8 +12,8 @@ class PausableAdamW(torch.optim.AdamW):
     """AdamW whose groups can wait: a group with `paused` neither moves nor counts the step.
 
     Plain torch skips a parameter without a gradient; ZeRO's flat partitions hand it zeros
-    instead, which would decay it and advance its bias correction. A paused group is stepped with
-    rate 0 and its step count put back to 0, so that it starts as if the run began there.
+    instead, which would decay it and advance its bias correction. Whoever pauses a group gives it
+    rate 0; its step count is put back to 0 here, so that it starts as if the run began there.
     """
 
     def step(self, closure: Any = None) -> Any:
