@@ -65,7 +65,8 @@ def model_state_bytes(parameters: int, stage: int, workers: int, *, teacher: boo
     copy of the parameters 4; the teacher 4. ZeRO 1 and 2 shard what the optimiser holds, 3 the
     parameters and the teacher too. Gradients are whole at any stage, because one reduction serves
     all loss terms; 3 has the reduced shard besides, and where ZeRO shards there is a bucket.
-    Activations, and the parameters that stage 3 gathers for them, come on top.
+    Activations, and the parameters that stage 3 gathers for them, come on top. Once they are gone,
+    stage 0 holds the gradients a second time while it reduces them.
     """
     optimizer = 12 / workers if stage else 8
     gradients = 4 + (4 / workers if stage == 3 else 0)

@@ -1,6 +1,7 @@
 """What a process makes of the machine it runs on: the fast dtype, and memory that stays."""
 
 import ctypes
+import os
 
 import torch
 
@@ -28,9 +29,22 @@ def _cpu_has_bf16() -> bool:
 
 def keep_freed_memory() -> None:
     """Let glibc keep the blocks that a step frees: it would hand them back to the kernel and fault
-    them in again in the next step, 8 % of a step on CPU. Other C libraries are left alone."""
+    them in again in the next step, 8 % of a step on CPU."""
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX
+    _mallopt(trim_threshold, 2**31 - 1)
+    _mallopt(mmap_max, 0)  # large blocks come from the heap too, where they can stay
+
+
+def share_heaps() -> None:
+    """Let the threads of this process share two heaps, where it still has few threads: each would
+    keep what it freed in one of its own. MALLOC_ARENA_MAX in the environment goes first."""
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        arena_max = -8  # M_ARENA_MAX
+        _mallopt(arena_max, 2)
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    """Other C libraries than glibc are left alone."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_max, 0)  # large blocks come from the heap too, where they can stay
+        mallopt(parameter, value)

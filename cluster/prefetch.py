@@ -9,8 +9,6 @@ and the store's client release the GIL, so no sample is copied between processes
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +19,7 @@ from typing import Generic, TypeVar
 
 import pyarrow as pa
 
+from cluster.hardware import share_heaps
 from cluster.reader import ShardReader
 
 # Threads that wait for object storage: a store that takes 50 ms sends 70 MB/s, some 360 samples, to
@@ -69,7 +68,7 @@ class Prefetcher(Iterator[T]):
     """The results of a sequence of work, in order, up to `ahead` of them prepared in advance."""
 
     def __init__(self, works: Iterable[Work[T]], *, threads: int, ahead: int) -> None:
-        _share_heaps()
+        share_heaps()  # the heaps of so many threads would keep 15 MB
         self._works = iter(works)
         self._ahead = ahead
         self._fetchers = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="fetch")
@@ -165,15 +164,6 @@ def merge_neighbours(
         else:
             groups.append((reader, [index]))
     return sorted(groups, key=lambda group: min(wanted[group[0], i] for i in group[1]))
-
-
-def _share_heaps() -> None:
-    """Let the threads of this process share two heaps, where it still has few threads: each would
-    keep what it freed in one of its own, 15 MB in all. Other C libraries than glibc do not."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
-        arena_max = -8  # M_ARENA_MAX
-        mallopt(arena_max, 2)
 
 
 def _joins(reader: ShardReader, group: list[int], index: int) -> bool:
